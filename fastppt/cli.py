@@ -1,0 +1,263 @@
+"""The command line: one function a command. Each imports the heavy libraries that it uses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastppt import __version__
+from fastppt.config import RunConfig
+from fastppt.config_io import RECIPES, build_config, load_recipe, parse_setting, render_toml
+from fastppt.errors import UserError
+
+if TYPE_CHECKING:
+    from fastppt.training.loop import RunResult
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Teach a text-to-image model one subject without letting it forget the rest.",
+)
+
+Config = Annotated[
+    Path | None, typer.Argument(metavar="[RUN.TOML]", help="A run's TOML file; flags win over it.")
+]
+Recipe = Annotated[str | None, typer.Option(help="Method; see `fastppt recipes`.")]
+Model = Annotated[
+    str | None, typer.Option(help="mini-sdxl, a diffusers folder, or a hub id (owner/name).")
+]
+Photos = Annotated[Path | None, typer.Option(help="Folder with the photos of the subject.")]
+ClassNoun = Annotated[str | None, typer.Option(help="Everyday noun of the subject, such as dog.")]
+Token = Annotated[str | None, typer.Option(help="Rare word that comes to stand for the subject.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for everything the run writes.")]
+Name = Annotated[str | None, typer.Option(help="Name of the LoRA file.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps (of a run with one stage).")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same run.")]
+Resolution = Annotated[int | None, typer.Option(help="Side of the training square in pixels.")]
+BatchSize = Annotated[int | None, typer.Option(help="Photos a pass.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the adapters.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the adapters.")]
+AnchorWeight = Annotated[float | None, typer.Option(help="Weight of the anchor.")]
+InitLora = Annotated[Path | None, typer.Option(help="LoRA file or run folder to start from.")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="auto, eager or compile.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+LogEvery = Annotated[int | None, typer.Option(help="Steps between two looks at the metrics.")]
+SampleEvery = Annotated[int | None, typer.Option(help="Steps between two sample grids.")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between two checkpoints.")]
+Samples = Annotated[
+    bool | None, typer.Option("--samples/--no-samples", help="Draw sample grids, or none.")
+]
+Tensorboard = Annotated[
+    bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard curves.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as stage.0.steps=200."),
+]
+
+# Flag of `train` and `config`, and the key that it sets.
+FLAG_KEYS = {
+    "model": "model.path",
+    "photos": "photos.folder",
+    "class_noun": "prompts.class_noun",
+    "token": "prompts.token",
+    "output": "output",
+    "name": "name",
+    "steps": "stage.0.steps",
+    "seed": "seed",
+    "resolution": "photos.resolution",
+    "batch_size": "stage.0.batch_size",
+    "rank": "stage.0.trainables.lora.rank",
+    "learning_rate": "stage.0.trainables.lora.learning_rate",
+    "anchor_weight": "stage.0.objectives.anchor.weight",
+    "init_lora": "stage.0.trainables.lora.init",
+    "engine": "engine",
+    "device": "model.device",
+    "precision": "model.precision",
+    "log_every": "log_every",
+    "sample_every": "sample_every",
+    "checkpoint_every": "checkpoint_every",
+    "samples": "samples.enabled",
+    "tensorboard": "tensorboard",
+}
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one message and exit code 2."""
+    # transformers announces at import which of its image processors it cannot use; none is used.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+@app.command()
+def train(
+    run: Config = None,
+    recipe: Recipe = None,
+    model: Model = None,
+    photos: Photos = None,
+    class_noun: ClassNoun = None,
+    token: Token = None,
+    output: Output = None,
+    name: Name = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    rank: Rank = None,
+    learning_rate: LearningRate = None,
+    anchor_weight: AnchorWeight = None,
+    init_lora: InitLora = None,
+    engine: EngineName = None,
+    device: Device = None,
+    precision: Precision = None,
+    log_every: LogEvery = None,
+    sample_every: SampleEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    samples: Samples = None,
+    tensorboard: Tensorboard = None,
+    settings: Settings = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")
+    ] = False,
+) -> None:
+    """Teach a model one subject from a folder of photos."""
+    given = locals()
+    console = Console()
+    with user_errors():
+        config = build_config(recipe, run, [*_flag_settings(given), *_set_settings(settings)])
+        _check_stage_flags(config, given)
+        from fastppt.training.loop import train as train_run
+
+        result = train_run(config, console, overwrite=overwrite)
+    _print_result(result, console)
+
+
+@app.command()
+def generate(
+    lora: Annotated[Path, typer.Option(help="Folder of a finished run, or a LoRA file.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first picture; the next count on.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0.0, help="Classifier-free guidance scale.")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures (default: LORA/generated).")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    precision: Precision = None,
+) -> None:
+    """Draw pictures with a trained LoRA."""
+    with user_errors():
+        from fastppt.outputs.generate import generate as generate_pictures
+
+        paths = generate_pictures(
+            lora,
+            prompt,
+            count=count,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            output=output,
+            model={"path": model, "device": device, "precision": precision},
+        )
+    for path in paths:
+        print(path)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes: one published method each."""
+    table = Table("recipe", "families", "what it is")
+    for name in RECIPES:
+        recipe, _ = load_recipe(name)
+        table.add_row(name, ", ".join(recipe.families), recipe.summary)
+    Console().print(table)
+
+
+@app.command()
+def config(run: Config = None, recipe: Recipe = None, settings: Settings = None) -> None:
+    """Print a whole run as commented TOML, which `fastppt train` takes back."""
+    with user_errors():
+        print(render_toml(build_config(recipe, run, _set_settings(settings))), end="")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastppt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a `UserError` as one message on standard error and exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[red]error:[/red] {escape(str(error))}"
+        )
+        raise typer.Exit(code=2) from None
+
+
+def _flag_settings(given: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return key and value of each flag that was given; paths become text, as in a TOML file."""
+    return [
+        (key, str(given[flag]) if isinstance(given[flag], Path) else given[flag])
+        for flag, key in FLAG_KEYS.items()
+        if given[flag] is not None
+    ]
+
+
+def _set_settings(settings: list[str] | None) -> list[tuple[str, Any]]:
+    return [parse_setting(text) for text in settings or []]
+
+
+def _check_stage_flags(config: RunConfig, given: dict[str, Any]) -> None:
+    for flag, key in FLAG_KEYS.items():
+        if len(config.stage) > 1 and given[flag] is not None and key.startswith("stage.0."):
+            raise UserError(
+                f"--{flag.replace('_', '-')}: this run has {len(config.stage)} stages; "
+                f"say which one with --set {key.replace('.0.', '.N.')}=..."
+            )
+
+
+def _print_result(result: RunResult, console: Console) -> None:
+    seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in result.seconds.items())
+    console.print(f"time: {seconds}", highlight=False)
+    if result.peak_memory is not None:
+        console.print(f"peak GPU memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
+    console.print("wrote:", highlight=False)
+    for path in result.files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+    root, prompt = shlex.quote(str(result.folder.root)), result.trigger_prompt
+    command = f'fastppt generate --lora {root} --prompt "{prompt}" --count 4'
+    console.print("use it:", highlight=False)
+    console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,245 @@
+"""Every setting of a run, with its default and the sentence that explains it.
+
+This is the only home of defaults. Recipes (``recipes/*.toml``), a user's TOML file and the command
+line's flags are laid over them in that order; ``config_io`` does the laying.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Engine = Literal["auto", "eager", "compile"]
+AnchorForm = Literal["raw", "effective", "decoupled"]
+
+
+class Section(BaseModel):
+    """One table of the TOML file. Unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    """The pretrained model."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """Model to start from: `mini-sdxl`, a diffusers folder, or a hub id (required)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; unset takes the hub's default."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of base weights and activations; auto is bf16 on a GPU and fp32 on the CPU.
+    Adapters are always fp32."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where to train: auto (a GPU if there is one), cpu, cuda, or cuda:N."""
+
+
+class PhotosConfig(Section):
+    """The photos of the subject."""
+
+    folder: Path | None = None
+    """Folder with the .jpg .jpeg .png .webp photos of the subject (required)."""
+    resolution: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to which photos are scaled (short side) and centre-cropped; unset takes
+    the model's own."""
+
+
+class PromptsConfig(Section):
+    """The words for the subject."""
+
+    class_noun: Annotated[str, Field(min_length=1)] | None = None
+    """Everyday noun of what the photos show, such as `dog` (required)."""
+    token: Annotated[str, Field(min_length=1)] = "sks"
+    """Rare word that comes to stand for the subject."""
+    template: Annotated[str, Field(pattern=r"\{subject\}")] = "a photo of {subject}"
+    """Prompt of a photo without a caption of its own; {subject} is `token class_noun`."""
+    class_prompt: Annotated[str, Field(pattern=r"\{class_noun\}")] = "a photo of a {class_noun}"
+    """Prompt of the plain class, as the base model knows it."""
+    contexts: Annotated[list[str], Field(min_length=1)] = [
+        "a photo of {subject} on the beach",
+        "a photo of {subject} in the snow",
+        "a photo of {subject} in the jungle",
+    ]
+    """Prompts of the sample grid beside the subject and the class prompt."""
+
+
+class SamplesConfig(Section):
+    """The pictures that a run draws of its progress."""
+
+    enabled: bool = True
+    """Draw a grid of samples before and after training."""
+    steps: Annotated[int, Field(ge=1)] = 25
+    """Sampler steps of a picture."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0
+    """Classifier-free guidance scale; up to 1 there is none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the pictures; the same in every grid of the run."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on attention projections (Hu et al., arXiv 2106.09685): W + alpha/rank
+    * B A.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    """Inner dimension of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """Learning rate of the adapters."""
+    targets: Annotated[list[str], Field(min_length=1)] = [
+        "*.to_q",
+        "*.to_k",
+        "*.to_v",
+        "*.to_out.0",
+    ]
+    """Patterns of the attention projections that get an adapter; * matches any text, dots
+    included."""
+    init: Path | None = None
+    """LoRA file, or folder of a finished run, to start from; unset starts from zero."""
+
+
+class TrainablesConfig(Section):
+    """What moves in a stage."""
+
+    lora: LoraConfig | None = None
+
+
+class DenoisingConfig(Section):
+    """The diffusion model's own loss: squared error of its prediction, averaged."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the term in the loss."""
+
+
+class AnchorConfig(Section):
+    """The L2 pull back to where the parameters were (Preserve and Personalize, arXiv
+    2505.19519).
+    """
+
+    weight: Annotated[float, Field(ge=0)] = 1e-3
+    """Factor of the sum of squared distances to the anchor. Not calibrated for full-size models."""
+    form: AnchorForm = "effective"
+    """What is held: raw (the trained tensors), effective (the weights that the network sees),
+    decoupled (like weight decay)."""
+    to: Literal["start", "zero"] = "start"
+    """Where it is held: start (the values when the stage begins) or zero (an adapter that does
+    nothing)."""
+
+
+class ObjectivesConfig(Section):
+    """What pulls, and what holds, in a stage."""
+
+    denoising: DenoisingConfig | None = None
+    anchor: AnchorConfig | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of the gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean of the squared gradient."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled pull to zero, in units of the learning rate."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Longest gradient that a step takes, the anchor's part included; longer ones are scaled
+    down, 0 never does."""
+
+
+class StageConfig(Section):
+    """Some trainables, some objectives, a number of steps."""
+
+    steps: Annotated[int, Field(ge=1)] = 500
+    """Optimizer steps of the stage."""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Photos that one forward pass sees."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Forward and backward passes of one optimizer step; their gradients are averaged."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up: constant, or down to zero at the end of
+    the stage."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from zero."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainables: TrainablesConfig = TrainablesConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> StageConfig:
+        if self.trainables.lora is None:
+            raise ValueError("needs something to train: add a table such as trainables.lora")
+        if self.objectives.denoising is None:
+            raise ValueError("needs an objective that teaches: add the table objectives.denoising")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    recipe: str | None = None
+    """Recipe that the run is laid over; `fastppt recipes` lists them."""
+    output: Path | None = None
+    """Folder for everything that the run writes (required)."""
+    name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$")] | None = None
+    """Name of the LoRA file; unset takes the name of the output folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything that is drawn; the same seed gives the same run on the same machine."""
+    engine: Engine = "auto"
+    """How a step runs: eager, compile (each transformer block by torch.compile), or auto."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two looks at the metrics."""
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two sample grids; 0 draws them before and after only."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two checkpoints; 0 keeps one at the end only."""
+    tensorboard: bool = False
+    """Write TensorBoard curves to OUTPUT/tensorboard (needs the extra `tensorboard`)."""
+    model: ModelConfig = ModelConfig()
+    photos: PhotosConfig = PhotosConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    samples: SamplesConfig = SamplesConfig()
+    stage: Annotated[list[StageConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> RunConfig:
+        first = self.stage[0].trainables.lora
+        for index, stage in enumerate(self.stage[1:], start=1):
+            lora = stage.trainables.lora
+            if first is None or lora is None:
+                continue
+            for key in ("rank", "alpha", "targets"):
+                if getattr(lora, key) != getattr(first, key):
+                    raise ValueError(
+                        f"stage.{index}.trainables.lora.{key} must be that of stage 0 "
+                        f"({getattr(first, key)}): a later stage goes on with the same adapters"
+                    )
+            if lora.init is not None:
+                raise ValueError(
+                    f"stage.{index}.trainables.lora.init: only stage 0 can start from a file"
+                )
+        return self
+
+
+class Recipe(Section):
+    """A published method as a file: what it is, where it comes from, and its part of a run."""
+
+    summary: str
+    """One line for `fastppt recipes`."""
+    source: str
+    """Paper and place in it, and what is our choice."""
+    families: Annotated[list[str], Field(min_length=1)]
+    """Model families for which the recipe exists."""

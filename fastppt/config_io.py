@@ -1,0 +1,273 @@
+"""Configurations in and out: recipe, TOML file, flags, ``--set`` to one `RunConfig`, and back."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fastppt.config import Recipe, RunConfig
+from fastppt.errors import UserError
+
+Table = dict[str, Any]
+
+RECIPES = ("lora", "ppt-lora")
+DEFAULT_RECIPE = "ppt-lora"
+
+# Settings without which a run cannot start, and the flag that gives each.
+REQUIRED = {
+    "model.path": "--model",
+    "photos.folder": "--photos",
+    "prompts.class_noun": "--class-noun",
+    "output": "--output",
+}
+
+# What the patterns of `config` mean.
+PATTERNS_IN_WORDS = {
+    "model.device": "must be auto, cpu, cuda or cuda:N",
+    "name": "must begin with a letter or digit and hold only those, spaces and . _ -",
+    "prompts.class_prompt": "must contain {class_noun}",
+    "prompts.template": "must contain {subject}",
+}
+
+
+def load_recipe(name: str) -> tuple[Recipe, Table]:
+    """Return a recipe's description and its part of a run.
+
+    Raises:
+        UserError: there is no recipe of that name; the nearest one is named.
+    """
+    if name not in RECIPES:
+        raise UserError(
+            f"recipe {name!r} does not exist{_did_you_mean(name, RECIPES)} "
+            f"(there are: {', '.join(RECIPES)})"
+        )
+    text = files("fastppt").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    described = {key: table.pop(key) for key in Recipe.model_fields}
+    return Recipe.model_validate(described), table
+
+
+def build_config(
+    recipe: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[tuple[str, Any]] = (),
+) -> RunConfig:
+    """Lay a TOML file over a recipe over the defaults, and settings over all of it.
+
+    A ``[[stage]]`` list in the file replaces the recipe's stages whole, so that a file which a run
+    wrote gives that run again. Without a recipe, and without stages in the file, the recipe is
+    ``ppt-lora``.
+
+    Args:
+        recipe: Name of a recipe; wins over the file's ``recipe``.
+        file: A TOML file of a run, whole or in part.
+        settings: Dotted keys and their values, later ones win; stages count from 0.
+
+    Raises:
+        UserError: unknown recipe, unreadable file, unknown key, or a value out of range.
+    """
+    table = _read_toml(file) if file is not None else {}
+    name = recipe if recipe is not None else table.get("recipe")
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{file}: recipe must be a name in quotes, got {name!r}")
+    if name is None and "stage" not in table:
+        name = DEFAULT_RECIPE
+    if name is not None:
+        if recipe is not None and recipe != table.get("recipe"):
+            # Another recipe than the file's was asked for by flag: its stages win.
+            table.pop("stage", None)
+        table = _merge(load_recipe(name)[1], table) | {"recipe": name}
+    for key, value in settings:
+        _set_key(table, key, value)
+    origin = str(file) if file is not None else f"recipe {name}"
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        messages = [_explain(details) for details in error.errors()]
+        raise UserError("\n".join(f"{origin}: {message}" for message in messages)) from None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split ``key=value`` of a ``--set``; the value is TOML, or a bare string where it is not.
+
+    Raises:
+        UserError: there is no ``=`` in it.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: write it as key=value, such as --set stage.0.steps=200")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def check_complete(config: RunConfig) -> None:
+    """Refuse a configuration that lacks what every run needs.
+
+    Raises:
+        UserError: names the key that is missing and the flag that gives it.
+    """
+    for key, flag in REQUIRED.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is None:
+            raise UserError(f"{key} is not set: pass {flag}, or write it in the run's TOML file")
+
+
+def render_toml(config: RunConfig) -> str:
+    """Return the whole configuration as TOML, with the sentence of each field above it.
+
+    Unset keys stand there as comments. `build_config` on the text gives an equal configuration.
+    """
+    head = "# A run of fastppt. `fastppt train FILE` takes this file; flags win over it.\n"
+    return head + "\n".join(_render_table(config, ())) + "\n"
+
+
+def _render_table(section: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
+    tables: list[tuple[str, Any]] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel) or _is_stage_list(value):
+            tables.append((name, value))
+        elif _section_type(field.annotation) is None:
+            assert field.description is not None
+            yield from (f"# {line}" for line in field.description.splitlines())
+            yield _render_key(name, value)
+    for name, value in tables:
+        if isinstance(value, BaseModel):
+            yield from _render_header(value, (*path, name), "[{}]")
+        else:
+            for stage in value:
+                yield from _render_header(stage, (*path, name), "[[{}]]")
+
+
+def _render_header(section: BaseModel, path: tuple[str, ...], brackets: str) -> Iterator[str]:
+    yield ""
+    doc = (type(section).__doc__ or "").strip().splitlines()[0]
+    yield f"# {doc}"
+    yield brackets.format(".".join(path))
+    yield from _render_table(section, path)
+
+
+def _render_key(name: str, value: Any) -> str:
+    if value is None:
+        return f"# {name} ="
+    plain = str(value) if isinstance(value, Path) else value
+    return tomli_w.dumps({name: plain}).rstrip("\n")
+
+
+def _is_stage_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], BaseModel)
+
+
+def _read_toml(file: Path) -> Table:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: is not a TOML file ({error})") from None
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _set_key(table: Table, key: str, value: Any) -> None:
+    here: Any = table
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        if isinstance(here, list):
+            here = _list_item(here, part, ".".join(parts[: place + 1]))
+            if last:
+                raise UserError(f"--set {key}: names a whole table; name one key in it")
+        elif not isinstance(here, dict):
+            raise UserError(f"--set {key}: {'.'.join(parts[:place])} is a value, not a table")
+        elif last:
+            here[part] = value
+        else:
+            here = here.setdefault(part, {})
+
+
+def _list_item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        counted = "0" if len(items) == 1 else f"0 to {len(items) - 1}"
+        raise UserError(
+            f"--set {key}: there is no such stage (stages count from 0; here: {counted})"
+        )
+    return items[int(part)]
+
+
+def _explain(details: ErrorDetails) -> str:
+    """Say one of pydantic's findings in a user's words: the key, what is wanted, what was given."""
+    key = ".".join(str(part) for part in details["loc"])
+    context = details.get("ctx", {})
+    given = details["input"]
+    match details["type"]:
+        case "extra_forbidden":
+            section = _section_at(details["loc"][:-1])
+            names = list(section.model_fields) if section is not None else []
+            return f"unknown key {key}{_did_you_mean(str(details['loc'][-1]), names)}"
+        case "greater_than_equal":
+            return f"{key} must be >= {context['ge']:g}, got {given}"
+        case "greater_than":
+            return f"{key} must be > {context['gt']:g}, got {given}"
+        case "less_than":
+            return f"{key} must be < {context['lt']:g}, got {given}"
+        case "literal_error":
+            return f"{key} must be {context['expected']}, got {given!r}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {context['error']}" if key else str(context["error"])
+        case "string_pattern_mismatch":
+            return f"{key} {PATTERNS_IN_WORDS[key]}, got {given!r}"
+        case _:
+            message = details["msg"][0].lower() + details["msg"][1:]
+            return f"{key}: {message}, got {given!r}"
+
+
+def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = RunConfig
+    for part in location:
+        if isinstance(part, int) or section is None:
+            continue
+        field = section.model_fields.get(part)
+        section = _section_type(field.annotation) if field is not None else None
+    return section
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds: itself, optional, or the items of its list."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in get_args(annotation):
+        found = _section_type(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _did_you_mean(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

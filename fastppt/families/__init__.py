@@ -1,0 +1,1 @@
+"""What differs between model families: loading, prompts, noise, target, layer names."""

@@ -1,0 +1,113 @@
+"""What a model family gives to the trainer.
+
+Shape legend: B batch, P photos, N prompts, K text tokens, D text width, C latent channels,
+h and w latent height and width, T diffusion timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastppt.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Encoded prompts.
+
+    Attributes:
+        tokens: [N, K, D], the text that cross-attention reads.
+        pooled: [N, W], one vector a prompt, part of the time embedding.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> PromptEmbeddings:
+        """Return the prompts of the given rows."""
+        return PromptEmbeddings(self.tokens[rows], self.pooled[rows])
+
+
+class Family(Protocol):
+    """A loaded pretrained model, seen through what training needs of it."""
+
+    name: str
+    model: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    network: nn.Module
+    num_timesteps: int
+    native_resolution: int
+    """Side in pixels that the model was trained at."""
+    resolution_step: int
+    """Photos' sides must be multiples of this many pixels."""
+    repeated_blocks: tuple[str, ...]
+    """Class names of the blocks that regional compilation compiles."""
+    lora_component: str
+    """Name of the network in LoRA files of the diffusers form, such as `unet`."""
+    kohya_prefix: str
+    """What the network's keys begin with in LoRA files of the kohya form."""
+    kohya_model_version: str
+    """What sd-scripts calls the base model."""
+    modelspec_architecture: str
+    """What ModelSpec calls the base model."""
+    prediction_type: str
+    """`epsilon` or `v_prediction`."""
+
+    def encode_photos(self, pixels_bchw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation [B, C, h, w] of the scaled latents' posterior."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return the prompts' embeddings on the device, in the network's dtype."""
+
+    def encode_negative(self) -> PromptEmbeddings:
+        """Return the one-row embedding that guidance pushes away from."""
+
+    def size_conditions(
+        self, original_size: tuple[int, int], crop: tuple[int, int], resolution: int
+    ) -> Tensor:
+        """Return what the network is told of a photo's size; sizes are (height, width), pixels."""
+
+    def release_encoders(self) -> None:
+        """Take the VAE and the text encoders off the device."""
+
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Return [B] timesteps as the family draws them."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the noisy latents z_t [B, C, h, w]."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network is to predict, [B, C, h, w]."""
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the network once; returns its prediction [B, C, h, w] in the network's dtype."""
+
+    def read_lora_state(self, file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Read a LoRA file of any form.
+
+        Returns:
+            Tensors by ``COMPONENT.PATH.lora_A.weight`` and ``.lora_B.weight``, and those alphas
+            that the file gives, by ``COMPONENT.PATH``.
+        """
+
+    def sample(
+        self,
+        prompt: PromptEmbeddings,
+        negative: PromptEmbeddings,
+        *,
+        seed: int,
+        resolution: int,
+        steps: int,
+        guidance_scale: float,
+    ) -> Image.Image:
+        """Draw one picture with the model's own scheduler; the VAE visits the device."""

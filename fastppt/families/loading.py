@@ -1,0 +1,131 @@
+"""From what the user calls a model to a loaded family."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastppt.config import ModelConfig
+from fastppt.errors import UserError
+from fastppt.families.base import Family
+from fastppt.families.sdxl import StableDiffusionXL
+
+MINI_MODELS = ("mini-sdxl",)
+# The pipeline class that a diffusers folder names, and the family that trains it.
+FAMILIES: dict[str, type[StableDiffusionXL]] = {"StableDiffusionXLPipeline": StableDiffusionXL}
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse what is certain to fail, before anything heavy is imported or read.
+
+    Raises:
+        UserError: a pickle, a single file, or a path that is neither a model folder nor a hub id.
+    """
+    assert model.path is not None
+    path = Path(model.path)
+    if model.path in MINI_MODELS:
+        return
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UserError(
+            f"model {path}: a {path.suffix} file is a pickle, which can run code when it is read. "
+            "Use a diffusers folder with .safetensors weights"
+        )
+    if path.is_file():
+        raise UserError(f"model {path}: is a file; give a diffusers folder or a hub id")
+    if path.is_dir():
+        _pipeline_class(path)
+    elif not HUB_ID.fullmatch(model.path):
+        raise UserError(
+            f"model {model.path}: is no folder, no hub id (owner/name), "
+            f"and none of {', '.join(MINI_MODELS)}"
+        )
+
+
+def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
+    """Load a pretrained model and place it on its device.
+
+    Args:
+        model: Which, and in which precision and where.
+        dtype: Overrides ``model.precision``; float64 is for checks against exact arithmetic.
+
+    Raises:
+        UserError: the model cannot be found or read, or is of no known family.
+    """
+    check_model(model)
+    device = resolve_device(model.device)
+    if dtype is None:
+        dtype = resolve_dtype(model.precision, device)
+    pipeline = _load_pipeline(model, dtype)
+    family = FAMILIES.get(type(pipeline).__name__)
+    if family is None:
+        raise UserError(
+            f"model {model.path}: is a {type(pipeline).__name__}, which fastppt does not train "
+            f"(it trains {', '.join(FAMILIES)})"
+        )
+    return family(pipeline, model, device, dtype)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``model.device``; auto is the GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none of that number.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"model.device {name}: torch sees {torch.cuda.device_count()} GPUs here; "
+            "pass --device cpu, or install a torch built for your GPU"
+        )
+    return device
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for ``model.precision``; auto is bf16 on a GPU and fp32 on the CPU."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _load_pipeline(model: ModelConfig, dtype: torch.dtype) -> Any:
+    if model.path == "mini-sdxl":
+        from fastppt.mini import build_mini_sdxl
+
+        return build_mini_sdxl()
+    from diffusers import DiffusionPipeline
+
+    try:
+        # The VAE is kept in float32: bf16 latents are visibly coarser.
+        return DiffusionPipeline.from_pretrained(
+            model.path,
+            revision=model.revision,
+            dtype={"vae": torch.promote_types(dtype, torch.float32), "default": dtype},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model {model.path}: cannot be loaded ({reason})") from error
+
+
+def _pipeline_class(folder: Path) -> str:
+    index = folder / "model_index.json"
+    try:
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except FileNotFoundError:
+        raise UserError(f"model {folder}: is no diffusers folder (no model_index.json)") from None
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"model {folder}: {index.name} cannot be read as JSON") from None
+    if name not in FAMILIES:
+        raise UserError(
+            f"model {folder}: is a {name}, which fastppt does not train "
+            f"(it trains {', '.join(FAMILIES)})"
+        )
+    return str(name)

@@ -1,0 +1,112 @@
+"""Pictures from a finished run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fastppt.config import LoraConfig, ModelConfig, RunConfig, SamplesConfig
+from fastppt.config_io import build_config
+from fastppt.errors import UserError
+from fastppt.families.base import Family
+from fastppt.families.loading import load_family
+from fastppt.outputs.files import write_file
+from fastppt.outputs.lora_files import find_lora_file, read_lora_file
+from fastppt.outputs.samples import png_bytes
+from fastppt.trainables.lora import LoraAdapters
+
+CONFIG_FILE = "config.toml"
+LONGEST_STEM = 60
+
+
+def run_config_of(lora: Path) -> RunConfig | None:
+    """Return the configuration of the run that a folder holds; None where there is none."""
+    file = lora / CONFIG_FILE if lora.is_dir() else lora.parent / CONFIG_FILE
+    return build_config(file=file) if file.is_file() else None
+
+
+def generate(
+    lora: Path,
+    prompt: str,
+    *,
+    count: int,
+    seed: int | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    resolution: int | None,
+    output: Path | None,
+    model: Mapping[str, str | None],
+) -> list[Path]:
+    """Draw pictures with a LoRA and write them as PNG files.
+
+    Picture i is drawn from ``seed + i``. What is None is taken from the run's configuration.
+
+    Args:
+        lora: The folder of a run, or a LoRA file.
+        prompt: What to draw.
+        count: Number of pictures.
+        seed: Of the first picture.
+        steps: Sampler steps.
+        guidance_scale: Classifier-free guidance.
+        resolution: Side of the pictures in pixels.
+        output: Folder for the pictures; `generated` beside the LoRA if None.
+        model: Keys of the `model` table that win over the run's: path, device, precision. The path
+            is needed where no run's configuration names it.
+
+    Raises:
+        UserError: no LoRA there, no base model known, or the two do not fit.
+    """
+    file = find_lora_file(lora)
+    config = run_config_of(lora)
+    if config is None and model.get("path") is None:
+        raise UserError(f"LoRA {lora}: no {CONFIG_FILE} beside it; pass --model")
+    samples = config.samples if config else SamplesConfig()
+    family = load_family(_model_config(config, model))
+    install_lora(family, file)
+    side = resolution or (config.photos.resolution if config else None) or family.native_resolution
+    embeddings, negative = family.encode_prompts([prompt]), family.encode_negative()
+    folder = output or file.parent / "generated"
+    paths = []
+    for index in range(count):
+        number = (samples.seed if seed is None else seed) + index
+        image = family.sample(
+            embeddings,
+            negative,
+            seed=number,
+            resolution=side,
+            steps=steps or samples.steps,
+            guidance_scale=samples.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+        path = folder / f"{_stem(prompt)}-{number}.png"
+        write_file(path, png_bytes(image))
+        paths.append(path)
+    return paths
+
+
+def _model_config(config: RunConfig | None, given: Mapping[str, str | None]) -> ModelConfig:
+    base = config.model.model_dump() if config else {}
+    wanted = {key: value for key, value in given.items() if value is not None}
+    try:
+        return ModelConfig.model_validate(base | wanted)
+    except ValidationError as error:
+        keys = ", ".join(f"model.{'.'.join(map(str, item['loc']))}" for item in error.errors())
+        raise UserError(
+            f"{keys}: not a value that fastppt knows; see `fastppt generate --help`"
+        ) from None
+
+
+def install_lora(family: Family, file: Path) -> LoraAdapters:
+    """Put the adapters of a LoRA file into the family's network."""
+    weights = read_lora_file(file, family)
+    rank = next(iter(weights.values()))[0].shape[0]
+    config = LoraConfig(rank=rank, targets=list(weights))
+    adapters = LoraAdapters(family.network, config, seed=0, device=family.device)
+    adapters.load(weights)
+    return adapters
+
+
+def _stem(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:LONGEST_STEM] or "picture"

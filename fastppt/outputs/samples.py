@@ -1,0 +1,66 @@
+"""Grids of sample pictures, each with its prompt under it."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fastppt.config import SamplesConfig
+from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.outputs.files import write_file
+
+# Pixels: narrower pictures are enlarged to this, so that a prompt fits under them.
+MIN_CELL = 192
+MARGIN = 8
+FONT_SIZE = 13
+LINES = 3
+
+
+def draw_samples(
+    family: Family,
+    prompts: PromptEmbeddings,
+    negative: PromptEmbeddings,
+    samples: SamplesConfig,
+    resolution: int,
+) -> list[Image.Image]:
+    """Draw one picture a prompt, all from the same seed."""
+    return [
+        family.sample(
+            prompts[row : row + 1],
+            negative,
+            seed=samples.seed,
+            resolution=resolution,
+            steps=samples.steps,
+            guidance_scale=samples.guidance_scale,
+        )
+        for row in range(len(prompts.tokens))
+    ]
+
+
+def write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+    """Write the pictures side by side as a PNG."""
+    side = max(MIN_CELL, images[0].width)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    text_height = LINES * (FONT_SIZE + 4)
+    width = MARGIN + len(images) * (side + MARGIN)
+    grid = Image.new("RGB", (width, side + text_height + 2 * MARGIN), "white")
+    pen = ImageDraw.Draw(grid)
+    for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left = MARGIN + column * (side + MARGIN)
+        if image.width < side:
+            image = image.resize((side, side), Image.Resampling.NEAREST)
+        grid.paste(image, (left, MARGIN))
+        lines = textwrap.wrap(caption, width=side // 7)[:LINES]
+        pen.text((left, side + MARGIN + 4), "\n".join(lines), fill="black", font=font)
+    write_file(path, png_bytes(grid))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return the picture as a PNG file's content."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What moves: sets of parameters that a stage trains."""

@@ -1,0 +1,1 @@
+"""One step, the engines that run it, and the loop over stages."""

@@ -1,0 +1,340 @@
+"""A whole run: check, load, encode once, train stage by stage, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fastppt.config import RunConfig, StageConfig
+from fastppt.config_io import check_complete
+from fastppt.data.latents import LatentBank, encode_latents
+from fastppt.data.photos import Photo, find_photos, square_photo
+from fastppt.data.prompts import PromptBank, encode_prompt_bank, sample_prompts, subject_prompt
+from fastppt.errors import UserError
+from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.families.loading import check_model, load_family
+from fastppt.objectives.anchor import anchored_group
+from fastppt.outputs.files import write_file
+from fastppt.outputs.folder import RunFolder, check_output, open_folder
+from fastppt.outputs.lora_files import read_lora_file, write_lora_files
+from fastppt.outputs.metrics import Curves, MetricsFile, check_tensorboard
+from fastppt.outputs.model_card import model_card
+from fastppt.outputs.samples import draw_samples, write_grid
+from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.checkpoint import save_checkpoint
+from fastppt.training.engine import prepare_engine, resolve_engine
+from fastppt.training.progress import ProgressLine
+from fastppt.training.ring import MetricRing
+from fastppt.training.schedule import learning_rate_factor
+from fastppt.training.step import METRICS, Step, run_step
+from fastppt_kernels import AnchoredAdamW
+
+# What the run's seed is split into, so that no two kinds of chance share a stream.
+ADAPTER_STREAM, STEP_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class SampleSheet:
+    """The prompts of the sample grid, encoded while the text encoders were on the device."""
+
+    captions: list[str]
+    prompts: PromptEmbeddings
+    negative: PromptEmbeddings
+
+
+@dataclass
+class RunResult:
+    """What a run wrote and where its time went.
+
+    Attributes:
+        folder: The output folder.
+        files: The files to use: LoRA in both forms, then the model card and the last grid.
+        seconds: Wall-clock time by phase.
+        peak_memory: Bytes at most allocated on a GPU; None on the CPU.
+        config: The resolved configuration.
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    files: list[Path] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int | None = None
+
+    @property
+    def trigger_prompt(self) -> str:
+        """A prompt that shows the subject."""
+        return subject_prompt(self.config.prompts)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunResult:
+    """Run a configuration and return what it wrote.
+
+    Args:
+        config: With model, photos, class noun and output given.
+        console: For the progress line and notes.
+        overwrite: Delete the run that the output folder holds.
+
+    Raises:
+        UserError: anything that the user can mend. It is raised before the output is touched.
+    """
+    check_complete(config)
+    folder = check_output(config, overwrite)
+    assert config.model.path is not None and config.photos.folder is not None
+    check_model(config.model)
+    if config.tensorboard:
+        check_tensorboard()
+    photos = find_photos(config.photos.folder)
+    result = RunResult(folder, config)
+    with result.phase("load"):
+        family = load_family(config.model)
+        result.config = config = resolve(config, family)
+        adapters = build_adapters(config, family)
+    console.print(_headline(config, family, adapters, len(photos)))
+    open_folder(folder, config)
+    with result.phase("encode"):
+        latents, prompts, sheet = encode(config, family, photos)
+    prepare_engine(config.engine, family)
+    _Run(config, family, adapters, latents, prompts, sheet, result, console).go()
+    result.files = save(folder, config, family, adapters, result, len(photos))
+    if family.device.type == "cuda":
+        result.peak_memory = torch.cuda.max_memory_allocated(family.device)
+    return result
+
+
+def resolve(config: RunConfig, family: Family) -> RunConfig:
+    """Fill in what depends on model and machine, so that the file alone gives the run again.
+
+    Raises:
+        UserError: the resolution is not a multiple of what the network needs.
+    """
+    resolution = config.photos.resolution or family.native_resolution
+    if resolution % family.resolution_step:
+        near = max(1, round(resolution / family.resolution_step)) * family.resolution_step
+        raise UserError(
+            f"photos.resolution must be a multiple of {family.resolution_step} "
+            f"for {config.model.path}, got {resolution}; the nearest is {near}"
+        )
+    assert config.photos.folder is not None and config.output is not None
+    photos = {"resolution": resolution, "folder": config.photos.folder.absolute()}
+    return config.model_copy(
+        update={
+            "photos": config.photos.model_copy(update=photos),
+            "output": config.output.absolute(),
+            "engine": resolve_engine(config.engine),
+        }
+    )
+
+
+def build_adapters(
+    config: RunConfig, family: Family, dtype: torch.dtype = torch.float32
+) -> LoraAdapters:
+    """Put new adapters into the network, or those of ``lora.init``.
+
+    Raises:
+        UserError: a target matches nothing, or the file does not fit.
+    """
+    lora = config.stage[0].trainables.lora
+    assert lora is not None
+    weights = read_lora_file(lora.init, family) if lora.init is not None else None
+    seed = split_seed(config.seed, ADAPTER_STREAM)
+    adapters = LoraAdapters(family.network, lora, seed=seed, device=family.device, dtype=dtype)
+    if weights is not None:
+        try:
+            adapters.load(weights)
+        except UserError as error:
+            raise UserError(f"LoRA {lora.init}: {error}") from None
+    return adapters
+
+
+def encode(
+    config: RunConfig, family: Family, photos: list[Photo]
+) -> tuple[LatentBank, PromptBank, SampleSheet]:
+    """Encode photos and prompts once, then take the encoders off the device."""
+    resolution = config.photos.resolution
+    assert resolution is not None
+    squares = [square_photo(photo, resolution) for photo in photos]
+    latents = encode_latents(family, squares)
+    prompts = encode_prompt_bank(family, config.prompts, photos, squares, resolution)
+    captions = sample_prompts(config.prompts)
+    sheet = SampleSheet(captions, family.encode_prompts(captions), family.encode_negative())
+    family.release_encoders()
+    return latents, prompts, sheet
+
+
+def build_step(
+    config: RunConfig,
+    stage: StageConfig,
+    family: Family,
+    adapters: LoraAdapters,
+    latents: LatentBank,
+    prompts: PromptBank,
+    ring: MetricRing,
+    generator: torch.Generator,
+) -> Step:
+    """Make everything that the steps of a stage read and write."""
+    like = adapters.arena.flat
+    learning_rate = torch.zeros((), device=like.device, dtype=like.dtype)
+    settings = stage.optimizer
+    optimizer = AnchoredAdamW(
+        [anchored_group(adapters, learning_rate, stage.objectives.anchor)],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm or None,
+    )
+    return Step(family, stage, latents, prompts, optimizer, learning_rate, generator, ring)
+
+
+def new_generator(config: RunConfig, family: Family) -> torch.Generator:
+    """Return the run's own generator on the device, at its start."""
+    generator = torch.Generator(family.device)
+    generator.manual_seed(split_seed(config.seed, STEP_STREAM))
+    return generator
+
+
+def split_seed(seed: int, stream: int) -> int:
+    """Return the seed of one stream of chance: streams of one run are independent."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class _Run:
+    """The part of a run between encoding and saving."""
+
+    config: RunConfig
+    family: Family
+    adapters: LoraAdapters
+    latents: LatentBank
+    prompts: PromptBank
+    sheet: SampleSheet
+    result: RunResult
+    console: Console
+
+    def __post_init__(self) -> None:
+        config, folder = self.config, self.result.folder
+        self.metrics = MetricsFile(folder.metrics)
+        self.curves = Curves(folder.tensorboard) if config.tensorboard else None
+        self.ring = MetricRing(METRICS, config.log_every, self.family.device)
+        self.generator = new_generator(config, self.family)
+        self.total = sum(stage.steps for stage in config.stage)
+        self.line = ProgressLine(self.console, self.total)
+        self.done, self.read = 0, 0
+
+    def go(self) -> None:
+        """Train all stages, with pictures before, between and after."""
+        self.draw_grid()
+        with self.line:
+            for index, stage in enumerate(self.config.stage):
+                self.run_stage(index, stage)
+        self.metrics.write()
+        if self.curves is not None:
+            self.curves.close()
+
+    def run_stage(self, index: int, stage: StageConfig) -> None:
+        """Train one stage from where the last one ended."""
+        assert stage.trainables.lora is not None
+        base_rate = stage.trainables.lora.learning_rate
+        step = build_step(
+            self.config,
+            stage,
+            self.family,
+            self.adapters,
+            self.latents,
+            self.prompts,
+            self.ring,
+            self.generator,
+        )
+        for number in range(stage.steps):
+            with self.result.phase("train" if self.done else "first step"):
+                step.learning_rate.fill_(base_rate * learning_rate_factor(stage, number))
+                run_step(step)
+                self.done += 1
+                last = number == stage.steps - 1
+                self.look(index, last)
+            if self._due(self.config.sample_every) or self.done == self.total:
+                self.draw_grid()
+            if self._due(self.config.checkpoint_every) or self.done == self.total:
+                with self.result.phase("save"):
+                    folder = self.result.folder.checkpoint(self.done)
+                    save_checkpoint(folder, self.family, self.adapters)
+
+    def look(self, stage_index: int, last: bool) -> None:
+        """Read the ring when it is full or the stage ends; the copy is awaited one look later."""
+        if self.done % self.config.log_every == 0 or last:
+            self.report(stage_index)
+            self.ring.start_read(self.read, self.done)
+            self.read = self.done
+        if last or self.ring.is_ready():
+            self.report(stage_index)
+
+    def report(self, stage_index: int) -> None:
+        """Show and store what has been read."""
+        rows = [{"stage": stage_index, **row} for row in self.ring.finish_read()]
+        if not rows:
+            return
+        self.metrics.append(rows)
+        if self.curves is not None:
+            self.curves.append(rows)
+        newest = rows[-1]
+        self.line.update(int(newest["step"]), newest["loss"], newest["anchor"])
+
+    def draw_grid(self) -> None:
+        """Draw the sample grid as the network is now."""
+        if not self.config.samples.enabled:
+            return
+        assert self.config.photos.resolution is not None
+        with self.result.phase("samples"):
+            sheet, samples = self.sheet, self.config.samples
+            images = draw_samples(
+                self.family,
+                sheet.prompts,
+                sheet.negative,
+                samples,
+                self.config.photos.resolution,
+            )
+            write_grid(self.result.folder.grid(self.done), images, sheet.captions)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
+
+
+def save(
+    folder: RunFolder,
+    config: RunConfig,
+    family: Family,
+    adapters: LoraAdapters,
+    result: RunResult,
+    num_photos: int,
+) -> list[Path]:
+    """Write the LoRA files and the model card; returns the files to use."""
+    with result.phase("save"):
+        files = write_lora_files(folder.root, config, family, adapters, num_photos)
+        seconds = result.seconds["first step"] + result.seconds.get("train", 0.0)
+        write_file(folder.card, model_card(config, family, adapters, num_photos, seconds))
+    grids = [folder.grid(sum(stage.steps for stage in config.stage))]
+    return [*files, folder.card, *(grids if config.samples.enabled else [])]
+
+
+def _headline(config: RunConfig, family: Family, adapters: LoraAdapters, num_photos: int) -> str:
+    steps = sum(stage.steps for stage in config.stage)
+    return (
+        f"{config.recipe}: {num_photos} photos, {steps} steps on {config.model.path} "
+        f"({family.name}, {family.device}, {str(family.dtype).removeprefix('torch.')}, "
+        f"{config.engine}); rank {adapters.rank}, {adapters.num_parameters:,} parameters"
+    )

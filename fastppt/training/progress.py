@@ -1,0 +1,76 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+# Where no live line can be drawn (a log file, a pipe), a run prints this many plain lines.
+PLAIN_LINES = 10
+
+
+class ProgressLine:
+    """A live line with step, loss, penalty, steps a second and the time left.
+
+    Args:
+        console: Where to; a console that is no terminal gets plain lines instead.
+        total: Steps of the run.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._every = max(1, total // PLAIN_LINES)
+        self._next = self._every
+        self._started: float | None = None
+        self._first = 0
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  anchor {task.fields[anchor]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total, loss="-", anchor="-", rate="-")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, loss: float, anchor: float) -> None:
+        """Show the state after a step, counted from 1."""
+        now = time.perf_counter()
+        if self._started is None:
+            # The first numbers come after the first interval: its warm-up is not part of the rate.
+            self._started, self._first = now, step
+        seconds = now - self._started
+        rate = f"{(step - self._first) / seconds:.2f} it/s" if step > self._first else "-"
+        self._progress.update(
+            self._task, completed=step, loss=f"{loss:.4f}", anchor=f"{anchor:.2e}", rate=rate
+        )
+        if not self._console.is_terminal and (step >= self._next or step == self._total):
+            self._next += self._every
+            self._console.print(
+                f"step {step}/{self._total}  loss {loss:.4f}  anchor {anchor:.2e}  {rate}"
+            )

@@ -1,0 +1,82 @@
+"""What all tests share: one thread, no hub, the mini model, photos."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+from fastppt.config import ModelConfig, RunConfig
+from fastppt.config_io import build_config
+from fastppt.families.base import Family
+from fastppt.families.loading import load_family
+from fastppt.mini import draw_demo_photos
+
+REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo photos. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw_demo_photos(folder)
+    return folder
+
+
+@pytest.fixture
+def family() -> Family:
+    """A fresh mini-sdxl in float32."""
+    return load_family(ModelConfig(path="mini-sdxl", device="cpu"))
+
+
+@pytest.fixture
+def family_float64() -> Family:
+    """A fresh mini-sdxl in float64, to compare two ways to compute."""
+    return load_family(ModelConfig(path="mini-sdxl", device="cpu"), dtype=torch.float64)
+
+
+@pytest.fixture
+def make_config(photos: Path, tmp_path: Path):
+    """Return a maker of small run configurations on the mini model."""
+
+    def make(recipe: str = "ppt-lora", **settings: object) -> RunConfig:
+        small: dict[str, object] = {
+            "model.path": "mini-sdxl",
+            "model.device": "cpu",
+            "photos.folder": str(photos),
+            "prompts.class_noun": "robot",
+            "output": str(tmp_path / "out"),
+            "samples.enabled": False,
+            "log_every": 4,
+            "stage.0.steps": 6,
+            "stage.0.trainables.lora.rank": 4,
+            "stage.0.trainables.lora.learning_rate": 1e-3,
+        }
+        keys = {key.replace("__", "."): value for key, value in settings.items()}
+        return build_config(recipe, settings=list((small | keys).items()))
+
+    return make
+
+
+@pytest.fixture
+def real_photos():
+    """Return a finder of folders of real photos; skips where there are none."""
+
+    def find(subject: str) -> Path:
+        folder = REAL_PHOTOS / subject
+        if not folder.is_dir():
+            pytest.skip(f"no photos at {folder}")
+        return folder
+
+    return find

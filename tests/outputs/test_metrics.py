@@ -1,0 +1,52 @@
+"""Metrics are a line each, whole at every moment, without writing the file a thousand times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastppt.outputs import metrics
+from fastppt.outputs.metrics import Curves, MetricsFile
+
+
+def rows(first: int, last: int) -> list[dict[str, float]]:
+    return [{"step": step, "loss": step / 2} for step in range(first, last)]
+
+
+def test_every_row_is_a_line(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append(rows(0, 3))
+    file.append(rows(3, 5))
+    file.write()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows(0, 5)
+
+
+def test_file_is_rewritten_seldom_and_never_lags_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(metrics, "write_file", lambda path, text: written.append(text.count("\n")))
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(0, 10_000, 10):
+        file.append(rows(step, step + 10))
+        assert written[-1] >= 0.9 * (step + 10)
+    assert sum(written) < 15 * 10_000
+
+
+def test_curves_are_read_back_by_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = Curves(tmp_path)
+    curves.append(rows(1, 4))
+    curves.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.5),
+    ]

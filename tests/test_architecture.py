@@ -1,0 +1,125 @@
+"""The rules that keep the house in order: who may import whom, and the name `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# For each part of fastppt, the parts that it may import. Imports point down only.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "config_io": {"config", "errors"},
+    "mini": set(),
+    "families": {"config", "errors", "mini"},
+    "trainables": {"config", "errors", "families"},
+    "data": {"config", "errors", "families"},
+    "objectives": {"config", "trainables"},
+    "outputs": {"config", "config_io", "data", "errors", "families", "trainables"},
+    "training": {
+        *("config", "config_io", "data", "errors", "families", "objectives", "outputs"),
+        "trainables",
+    },
+    "cli": {"config", "config_io", "errors", "outputs", "training", ""},
+    "__main__": {"cli"},
+    "": set(),
+}
+# Where the libraries of models and formats may be used.
+MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}
+MODEL_PARTS = {"families", "trainables", "outputs", "data", "mini"}
+KERNEL_LIBRARIES = {"torch", "triton", "fastppt_kernels"}
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    return files
+
+
+def imported(path: Path) -> list[tuple[str, ...]]:
+    """Every module that a file imports, wherever in the file, as its parts."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.append(node.module or "")
+            if node.module == "fastppt":
+                modules += [f"fastppt.{alias.name}" for alias in node.names]
+    return [tuple(module.split(".")) for module in modules]
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(ROOT / "fastppt").parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def violations(part: str, modules: list[tuple[str, ...]]) -> list[str]:
+    """What a file of a part imports against the rules."""
+    wrong = []
+    for module in modules:
+        if module[0] == "fastppt":
+            target = module[1] if len(module) > 1 else ""
+            if target in MAY_IMPORT and target not in MAY_IMPORT[part] | {part}:
+                wrong.append(".".join(module))
+        elif module[0] in MODEL_LIBRARIES and part not in MODEL_PARTS:
+            wrong.append(module[0])
+    return wrong
+
+
+@pytest.mark.parametrize("path", sources("fastppt"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    assert violations(part_of(path), imported(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "module"),
+    [("config", "fastppt.errors"), ("data", "fastppt.training.loop"), ("training", "diffusers")],
+)
+def test_the_rule_sees_an_import_that_points_up(part: str, module: str) -> None:
+    assert violations(part, [tuple(module.split("."))])
+
+
+def test_kernels_import_torch_and_triton_alone() -> None:
+    for path in sources("kernels/fastppt_kernels"):
+        foreign = {module[0] for module in imported(path)} - KERNEL_LIBRARIES
+        assert foreign <= sys.stdlib_module_names, path
+
+
+def test_fastppt_holds_no_triton_kernel() -> None:
+    for path in sources("fastppt"):
+        assert "triton" not in {module[0] for module in imported(path)}, path
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tests/kernels", "bench/kernels"])
+def test_no_folder_shadows_the_kernels_package(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_an_installed_fastppt_brings_no_package_named_kernels() -> None:
+    code = "import importlib.util as util, fastppt_kernels; print(util.find_spec('kernels'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert str(ROOT) not in run.stdout
+
+
+def test_clip_loads_with_the_checkout_on_the_path() -> None:
+    code = "import transformers; transformers.CLIPTextModel; import diffusers.pipelines"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_both_packages_are_typed_and_installed() -> None:
+    for package in ("fastppt", "fastppt_kernels"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        assert (Path(spec.origin).parent / "py.typed").is_file()

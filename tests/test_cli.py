@@ -1,0 +1,199 @@
+"""The commands as a user types them, and what they leave on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from fastppt.cli import app
+from fastppt.mini import build_mini_sdxl
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def train_arguments(photos: Path, output: Path, *more: object) -> list[object]:
+    return [
+        *("train", "--recipe", "ppt-lora", "--model", "mini-sdxl", "--photos", photos),
+        *("--class-noun", "toy", "--output", output, "--steps", 3, "--seed", 0, "--rank", 2),
+        *("--device", "cpu", "--no-samples", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    output = tmp_path_factory.mktemp("run") / "toy"
+    result = run(*train_arguments(photos, output))
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def test_train_shows_progress_and_names_its_files_and_the_next_command(
+    photos: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, as typed."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "fastppt", *map(str, train_arguments(photos, output))]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout
+    assert "step 3/3  loss" in said
+    for name in ("pytorch_lora_weights.safetensors", "out.safetensors", "README.md"):
+        assert str(output / name) in said
+        assert (output / name).is_file()
+    assert f'fastppt generate --lora {output} --prompt "a photo of sks toy" --count 4' in said
+    assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
+
+
+def test_generate_draws_what_stock_diffusers_draws(trained: Path, tmp_path: Path) -> None:
+    result = run(
+        *("generate", "--lora", trained, "--prompt", "a photo of sks toy", "--count", 2),
+        *("--seed", 5, "--steps", 3, "--output", tmp_path / "pictures", "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    paths = [Path(line) for line in result.stdout.splitlines()]
+    assert [path.name for path in paths] == ["a-photo-of-sks-toy-5.png", "a-photo-of-sks-toy-6.png"]
+    import torch
+
+    stock = build_mini_sdxl()
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(str(trained))
+    for seed, path in zip((5, 6), paths, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        theirs = stock("a photo of sks toy", num_inference_steps=3, generator=generator).images[0]
+        difference = np.abs(
+            np.asarray(Image.open(path), dtype=np.int16) - np.asarray(theirs, dtype=np.int16)
+        )
+        assert (difference <= 2).mean() >= 0.999
+
+
+def test_generate_without_a_run_asks_for_the_model(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes((trained / "pytorch_lora_weights.safetensors").read_bytes())
+    arguments = ("generate", "--lora", file, "--prompt", "a toy", "--steps", 1)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "pass --model" in result.stderr
+    result = run(*arguments, "--model", "mini-sdxl", "--device", "cpu")
+    assert result.exit_code == 0
+    assert (tmp_path / "generated" / "a-toy-0.png").is_file()
+
+
+def test_flags_win_over_the_file_and_set_over_flags(photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "ppt-lora"\nseed = 1\n[prompts]\ntoken = "xyz"\n')
+    settings = ("--set", "stage.0.objectives.anchor.weight=0.1", "--set", "stage.0.steps=2")
+    arguments = train_arguments(photos, tmp_path / "out", *settings)
+    result = run("train", file, *arguments[1:])
+    assert result.exit_code == 0, result.output
+    config = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
+    assert config["seed"] == 0 and config["prompts"]["token"] == "xyz"
+    assert config["stage"][0]["objectives"]["anchor"]["weight"] == 0.1
+    assert config["stage"][0]["steps"] == 2
+
+
+def test_printed_config_is_taken_back_by_train(photos: Path, tmp_path: Path) -> None:
+    printed = run("config", "--recipe", "ppt-lora", "--set", "stage.0.trainables.lora.rank=2")
+    assert printed.exit_code == 0
+    file = tmp_path / "run.toml"
+    file.write_text(printed.stdout)
+    result = run("train", file, *train_arguments(photos, tmp_path / "out")[3:])
+    assert result.exit_code == 0, result.output
+
+
+def test_recipes_are_listed() -> None:
+    result = run("recipes")
+    assert result.exit_code == 0
+    assert "lora" in result.stdout and "ppt-lora" in result.stdout
+
+
+def test_help_and_version_work_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys; from fastppt.cli import app\n"
+        "try: app(['recipes'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert run("--version").stdout.startswith("fastppt ")
+
+
+def empty_folder(tmp_path: Path, photos: Path) -> dict[str, object]:
+    (tmp_path / "empty").mkdir()
+    return {"--photos": tmp_path / "empty"}
+
+
+def corrupt_image(tmp_path: Path, photos: Path) -> dict[str, object]:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"no image")
+    return {"--photos": tmp_path / "photos"}
+
+
+def pickle_checkpoint(tmp_path: Path, photos: Path) -> dict[str, object]:
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
+    return {"--model": tmp_path / "model.ckpt"}
+
+
+def unknown_recipe(tmp_path: Path, photos: Path) -> dict[str, object]:
+    return {"--recipe": "ppt-loro"}
+
+
+def no_steps(tmp_path: Path, photos: Path) -> dict[str, object]:
+    return {"--steps": 0}
+
+
+def misspelt_key(tmp_path: Path, photos: Path) -> dict[str, object]:
+    return {"--set": "stage.0.objectives.ancor.weight=1"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (empty_folder, "found 0 images in"),
+        (corrupt_image, "cat.jpg cannot be read as an image"),
+        (unknown_recipe, "did you mean 'ppt-lora'?"),
+        (misspelt_key, "unknown key stage.0.objectives.ancor; did you mean 'anchor'?"),
+        (no_steps, "stage.0.steps must be >= 1, got 0"),
+        (pickle_checkpoint, "is a pickle"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    photos: Path, tmp_path: Path, mistake, message: str
+) -> None:
+    arguments = train_arguments(photos, tmp_path / "out")
+    for flag, value in mistake(tmp_path, photos).items():
+        arguments += [flag, value]
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_that_holds_another_run_is_left_as_it_is(trained: Path, photos: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    result = run(*train_arguments(photos, trained))
+    assert result.exit_code == 2
+    assert "holds another run; choose another folder, or pass --overwrite" in result.stderr
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_flag_of_one_stage_is_refused_for_many(photos: Path, tmp_path: Path) -> None:
+    stage = "[[stage]]\n[stage.trainables.lora]\n[stage.objectives.denoising]\n"
+    file = tmp_path / "run.toml"
+    file.write_text(2 * stage)
+    result = run("train", file, "--steps", 3)
+    assert result.exit_code == 2
+    assert "--steps: this run has 2 stages; say which one with --set stage.N.steps" in result.stderr

@@ -1,0 +1,174 @@
+"""Configurations: laid over each other in order, refused in words, printed and taken back."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from fastppt import config as config_module
+from fastppt.config import RunConfig
+from fastppt.config_io import (
+    RECIPES,
+    build_config,
+    check_complete,
+    load_recipe,
+    parse_setting,
+    render_toml,
+)
+from fastppt.errors import UserError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_printed_configuration_is_taken_back_unchanged(recipe: str, tmp_path: Path) -> None:
+    settings = [
+        ("model.path", "a/b"),
+        ("output", 'with "quotes" and \\'),
+        ("prompts.contexts", ["ein Bild von {subject}", "☃ {subject}"]),
+        ("stage.0.optimizer.epsilon", 1e-12),
+    ]
+    config = build_config(recipe, settings=settings)
+    again = build_config(file=write(tmp_path / "run.toml", render_toml(config)))
+    assert again == config
+
+
+def test_printed_configuration_has_every_key_with_its_sentence() -> None:
+    text = render_toml(build_config("ppt-lora"))
+    for section in (RunConfig, *map(type, [build_config("ppt-lora").stage[0]])):
+        for name, field in section.model_fields.items():
+            if field.description:
+                assert f"# {field.description.splitlines()[0]}" in text, name
+    assert tomllib.loads(text)["stage"][0]["objectives"]["anchor"]["form"] == "effective"
+
+
+def test_every_setting_has_a_sentence() -> None:
+    for section in vars(config_module).values():
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        for name, field in section.model_fields.items():
+            is_table = "Config" in str(field.annotation)
+            assert is_table or field.description, f"{section.__name__}.{name}"
+
+
+def test_settings_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.toml", 'recipe = "lora"\nseed = 3\nlog_every = 7\n')
+    config = build_config(file=file, settings=[("seed", 4), ("seed", 5)])
+    assert (config.recipe, config.seed, config.log_every) == ("lora", 5, 7)
+    assert config.stage[0].objectives.anchor is None
+
+
+def test_stages_of_a_file_replace_those_of_its_recipe(tmp_path: Path) -> None:
+    text = """
+    recipe = "ppt-lora"
+    [[stage]]
+    steps = 9
+    [stage.trainables.lora]
+    [stage.objectives.denoising]
+    """
+    config = build_config(file=write(tmp_path / "run.toml", text))
+    assert config.stage[0].objectives.anchor is None
+    # Another recipe by flag is a request for that recipe's stages.
+    assert build_config("ppt-lora", write(tmp_path / "b.toml", text)) == config
+    other = text.replace("ppt-lora", "lora")
+    assert build_config("ppt-lora", write(tmp_path / "c.toml", other)).stage[0].objectives.anchor
+
+
+def test_set_reaches_a_key_that_the_recipe_leaves_out() -> None:
+    key, value = parse_setting("stage.0.objectives.anchor.weight=0.1")
+    assert build_config("lora", settings=[(key, value)]).stage[0].objectives.anchor.weight == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a = 0.5", 0.5),
+        ("a=true", True),
+        ("a=dog", "dog"),
+        ('a="x=y"', "x=y"),
+        ("a=['p', 'q']", ["p", "q"]),
+    ],
+)
+def test_set_reads_toml_values_and_bare_words(text: str, value: object) -> None:
+    assert parse_setting(text) == ("a", value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stage.0.steps", 0, "stage.0.steps must be >= 1, got 0"),
+        ("stage.0.objectives.anchor.weight", -0.3, "anchor.weight must be >= 0, got -0.3"),
+        ("stage.0.objectivs.x", 1, "unknown key stage.0.objectivs; did you mean 'objectives'?"),
+        ("stage.0.trainables.lora.rnk", 1, "lora.rnk; did you mean 'rank'?"),
+        ("photos.foldr", "x", "unknown key photos.foldr; did you mean 'folder'?"),
+        ("stage.1.steps", 5, "there is no such stage (stages count from 0; here: 0)"),
+        ("stage.0", 5, "names a whole table"),
+        ("seed.x", 1, "seed is a value, not a table"),
+        ("engine", "graph", "engine must be 'auto', 'eager' or 'compile', got 'graph'"),
+        ("stage.0.optimizer.epsilon", 0, "epsilon must be > 0, got 0"),
+        ("stage.0.optimizer.beta1", 1, "beta1 must be < 1, got 1"),
+        ("stage.0.objectives.anchor.weight", float("nan"), "should be a finite number"),
+        ("stage.0.warmup_steps", 500, "warmup_steps must be below steps (500), got 500"),
+        ("prompts.template", "a photo", "prompts.template must contain {subject}"),
+        ("model.device", "tpu", "model.device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("name", "../x", "name must begin with a letter"),
+    ],
+)
+def test_wrong_setting_is_refused_in_words(key: str, value: object, message: str) -> None:
+    settings = [("seed", 0), (key, value)]
+    with pytest.raises(UserError) as error:
+        build_config("ppt-lora", settings=settings)
+    assert message in str(error.value)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'ppt-lora'"):
+        build_config("ppt_lora")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("a = = 1", "is not a TOML file"), ("recipe = 3", "in quotes")],
+)
+def test_unreadable_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        write(file, content)
+    with pytest.raises(UserError, match=message) as error:
+        build_config(file=file)
+    assert str(file) in str(error.value)
+
+
+def test_stage_that_trains_or_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    bare = write(tmp_path / "a.toml", "[[stage]]\n[stage.objectives.denoising]\n")
+    with pytest.raises(UserError, match="needs something to train"):
+        build_config(file=bare)
+    idle = write(tmp_path / "b.toml", "[[stage]]\n[stage.trainables.lora]\n")
+    with pytest.raises(UserError, match="needs an objective that teaches"):
+        build_config(file=idle)
+
+
+def test_later_stage_must_keep_the_adapters(tmp_path: Path) -> None:
+    stage = "[[stage]]\n[stage.trainables.lora]\nrank = {}\n[stage.objectives.denoising]\n"
+    file = write(tmp_path / "run.toml", stage.format(4) + stage.format(8))
+    with pytest.raises(UserError, match=r"stage\.1\.trainables\.lora\.rank must be that of stage"):
+        build_config(file=file)
+
+
+def test_missing_essentials_name_their_flag() -> None:
+    with pytest.raises(UserError, match=r"model\.path is not set: pass --model"):
+        check_complete(build_config("lora"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_say_what_they_are(name: str) -> None:
+    recipe, table = load_recipe(name)
+    assert recipe.summary and recipe.source and recipe.families == ["sdxl"]
+    assert table["stage"]

@@ -1,0 +1,37 @@
+"""One flat parameter and its views are the same memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fastppt.trainables.arena import ALIGNMENT, ParameterArena
+
+
+def test_tensors_and_gradients_are_views_of_the_flat_ones() -> None:
+    arena = ParameterArena([(3, 5), (7,), (64, 2)], torch.device("cpu"), torch.float32)
+    loss = sum((tensor * (place + 1)).sum() for place, tensor in enumerate(arena.tensors))
+    loss.backward()
+    assert arena.grad.sum() == 15 * 1 + 7 * 2 + 128 * 3
+    with torch.no_grad():
+        arena.flat.fill_(2)
+    assert all((tensor == 2).all() for tensor in arena.tensors)
+
+
+def test_gradients_accumulate_in_place() -> None:
+    arena = ParameterArena([(4, 4)], torch.device("cpu"), torch.float32)
+    address = arena.grad.data_ptr()
+    for _ in range(2):
+        arena.tensors[0].sum().backward()
+    assert arena.tensors[0].grad.data_ptr() == arena.grad.data_ptr() == address
+    assert (arena.grad[:16] == 2).all()
+
+
+def test_tensors_begin_at_aligned_places_and_padding_is_zero() -> None:
+    arena = ParameterArena([(3, 5), (7,), (65,)], torch.device("cpu"), torch.float32)
+    starts = [tensor.storage_offset() for tensor in arena.tensors]
+    assert starts == [0, ALIGNMENT, 2 * ALIGNMENT]
+    assert arena.flat.numel() == 4 * ALIGNMENT
+    with torch.no_grad():
+        for tensor in arena.tensors:
+            tensor.fill_(1)
+    assert arena.flat.sum() == 15 + 7 + 65
