@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,6 +251,14 @@ def _check_stage_flags(config: RunConfig, given: dict[str, Any]) -> None:
             )
 
 
+def _program() -> str:
+    """Return what a user types to start this program from the same place."""
+    if shutil.which("fastppt"):
+        return "fastppt"
+    script = Path(sys.argv[0])
+    return "python -m fastppt" if script.name == "__main__.py" else str(script)
+
+
 def _print_result(result: RunResult, console: Console) -> None:
     seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in result.seconds.items())
     console.print(f"time: {seconds}", highlight=False)
@@ -258,6 +268,6 @@ def _print_result(result: RunResult, console: Console) -> None:
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
     root, prompt = shlex.quote(str(result.folder.root)), result.trigger_prompt
-    command = f'fastppt generate --lora {root} --prompt "{prompt}" --count 4'
+    command = f'{_program()} generate --lora {root} --prompt "{prompt}" --count 4'
     console.print("use it:", highlight=False)
     console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

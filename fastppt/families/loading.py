@@ -18,6 +18,7 @@ MINI_MODELS = ("mini-sdxl",)
 # The pipeline class that a diffusers folder names, and the family that trains it.
 FAMILIES: dict[str, type[StableDiffusionXL]] = {"StableDiffusionXLPipeline": StableDiffusionXL}
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -92,7 +93,12 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype for ``model.precision``; auto is bf16 on a GPU and fp32 on the CPU."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return {name: dtype for dtype, name in PRECISIONS.items()}[precision]
+
+
+def resolve_path(path: str) -> str:
+    """Return a model folder's absolute path; the name of a mini model or a hub id as it is."""
+    return path if path in MINI_MODELS or not Path(path).is_dir() else str(Path(path).absolute())
 
 
 def _load_pipeline(model: ModelConfig, dtype: torch.dtype) -> Any:

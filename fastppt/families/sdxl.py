@@ -104,7 +104,8 @@ class StableDiffusionXL:
     ) -> Tensor:
         """Return [6]: original height and width, crop top and left, target height and width."""
         sizes = (*original_size, *crop, resolution, resolution)
-        return torch.tensor(sizes, device=self.device, dtype=self.dtype)
+        # Not in bf16, which has no odd numbers past 256: the network embeds them in float32.
+        return torch.tensor(sizes, device=self.device, dtype=self._precise)
 
     def release_encoders(self) -> None:
         """Move the text encoders and the VAE to host memory."""
@@ -184,8 +185,12 @@ class StableDiffusionXL:
         The picture is what `StableDiffusionXLPipeline` draws for the same prompt with
         ``generator=torch.Generator().manual_seed(seed)``. The VAE visits the device for it.
         """
+        vae = self._pipeline.vae
+        home = vae.device
+        # Before the pipeline is made: it works on the device of its first part, the VAE.
+        vae.to(self.device)
         painter = StableDiffusionXLPipeline(
-            vae=self._pipeline.vae,
+            vae=vae,
             text_encoder=None,
             text_encoder_2=None,
             tokenizer=None,
@@ -207,18 +212,12 @@ class StableDiffusionXL:
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="latent",
         ).images
-        image: Image.Image = painter.image_processor.postprocess(self._decode(latents))[0]
-        return image
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Return pixels [B, 3, H, W] in [-1, 1]; the VAE visits the device and keeps its dtype."""
-        vae = self._pipeline.vae
-        home = vae.device
-        vae.to(self.device)
+        # Not by the pipeline: it does not widen bf16 latents for a float32 VAE.
         scale, shift = self._latent_scale()
-        pixels: Tensor = vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
+        pixels = vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
         vae.to(home)
-        return pixels
+        image: Image.Image = painter.image_processor.postprocess(pixels)[0]
+        return image
 
     def _latent_scale(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift [C or 1, 1, 1]: the network sees (x - shift) * scale."""

@@ -80,6 +80,11 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
     """
     assert config.output is not None
     folder = RunFolder(config.output)
+    if f"{run_name(config)}.safetensors" == DIFFUSERS_FILE:
+        raise UserError(
+            f"name {run_name(config)}: is that of the LoRA file in diffusers' form; "
+            "pass another --name"
+        )
     for place in (config.output, *config.output.absolute().parents):
         if place.exists() and not place.is_dir():
             raise UserError(f"output {config.output}: {place} is a file; choose another folder")

@@ -87,7 +87,8 @@ def generate(
 
 
 def _model_config(config: RunConfig | None, given: Mapping[str, str | None]) -> ModelConfig:
-    base = config.model.model_dump() if config else {}
+    # Not the run's device and precision: pictures are drawn on whatever is here.
+    base = config.model.model_dump(include={"path", "revision"}) if config else {}
     wanted = {key: value for key, value in given.items() if value is not None}
     try:
         return ModelConfig.model_validate(base | wanted)

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastppt.config import RunConfig, StageConfig
+from fastppt.config import RunConfig, StageConfig, TrainablesConfig
 from fastppt.config_io import check_complete
 from fastppt.data.latents import LatentBank, encode_latents
 from fastppt.data.photos import Photo, find_photos, square_photo
 from fastppt.data.prompts import PromptBank, encode_prompt_bank, sample_prompts, subject_prompt
 from fastppt.errors import UserError
 from fastppt.families.base import Family, PromptEmbeddings
-from fastppt.families.loading import check_model, load_family
+from fastppt.families.loading import PRECISIONS, check_model, load_family, resolve_path
 from fastppt.objectives.anchor import anchored_group
 from fastppt.outputs.files import write_file
 from fastppt.outputs.folder import RunFolder, check_output, open_folder
@@ -130,15 +130,31 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
             f"photos.resolution must be a multiple of {family.resolution_step} "
             f"for {config.model.path}, got {resolution}; the nearest is {near}"
         )
+    assert config.model.path is not None
     assert config.photos.folder is not None and config.output is not None
+    model = {
+        "path": resolve_path(config.model.path),
+        "device": family.device.type,
+        "precision": PRECISIONS.get(family.dtype, config.model.precision),
+    }
     photos = {"resolution": resolution, "folder": config.photos.folder.absolute()}
     return config.model_copy(
         update={
+            "model": config.model.model_copy(update=model),
             "photos": config.photos.model_copy(update=photos),
             "output": config.output.absolute(),
             "engine": resolve_engine(config.engine),
+            "stage": [_resolve_stage(stage) for stage in config.stage],
         }
     )
+
+
+def _resolve_stage(stage: StageConfig) -> StageConfig:
+    lora = stage.trainables.lora
+    if lora is None or lora.init is None:
+        return stage
+    lora = lora.model_copy(update={"init": lora.init.absolute()})
+    return stage.model_copy(update={"trainables": TrainablesConfig(lora=lora)})
 
 
 def build_adapters(
@@ -291,8 +307,8 @@ class _Run:
         self.metrics.append(rows)
         if self.curves is not None:
             self.curves.append(rows)
-        newest = rows[-1]
-        self.line.update(int(newest["step"]), newest["loss"], newest["anchor"])
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        self.line.update(int(rows[-1]["step"]), loss, rows[-1]["anchor"])
 
     def draw_grid(self) -> None:
         """Draw the sample grid as the network is now."""
@@ -301,13 +317,15 @@ class _Run:
         assert self.config.photos.resolution is not None
         with self.result.phase("samples"):
             sheet, samples = self.sheet, self.config.samples
-            images = draw_samples(
-                self.family,
-                sheet.prompts,
-                sheet.negative,
-                samples,
-                self.config.photos.resolution,
-            )
+            # A few pictures do not repay the compilation of the blocks for inference.
+            with torch.compiler.set_stance("force_eager"):
+                images = draw_samples(
+                    self.family,
+                    sheet.prompts,
+                    sheet.negative,
+                    samples,
+                    self.config.photos.resolution,
+                )
             write_grid(self.result.folder.grid(self.done), images, sheet.captions)
 
     def _due(self, every: int) -> bool:

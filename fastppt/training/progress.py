@@ -59,7 +59,7 @@ class ProgressLine:
         self._progress.stop()
 
     def update(self, step: int, loss: float, anchor: float) -> None:
-        """Show the state after a step, counted from 1."""
+        """Show the state after a step, counted from 1, and the mean loss since the last call."""
         now = time.perf_counter()
         if self._started is None:
             # The first numbers come after the first interval: its warm-up is not part of the rate.

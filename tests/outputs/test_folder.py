@@ -55,6 +55,13 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(
     assert left == ["config.toml", "other.safetensors"]
 
 
+def test_name_of_the_other_lora_file_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass another --name"):
+        check_output(make_config(name="pytorch_lora_weights"), overwrite=False)
+    with pytest.raises(UserError, match="pass another --name"):
+        check_output(make_config(output=str(tmp_path / "pytorch_lora_weights")), overwrite=False)
+
+
 @pytest.mark.parametrize("inside", ["", "a/b"])
 def test_output_at_or_under_a_file_is_refused(
     make_config: MakeConfig, tmp_path: Path, inside: str

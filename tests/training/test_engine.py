@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.loading import load_family
+from fastppt.training import loop
 from fastppt.training.engine import prepare_engine, resolve_engine
 from fastppt.training.loop import build_adapters, build_step, encode, new_generator, resolve
 from fastppt.training.ring import MetricRing
@@ -54,6 +56,23 @@ def test_compiled_steps_equal_eager_ones(make_config: Callable[..., RunConfig]) 
         assert (eager - compiled).abs().max() <= 1e-9 * eager.abs().max()
     assert drifts[0].abs().max() > 0
     assert (drifts[0] - drifts[1]).abs().max() <= 1e-9 * drifts[0].abs().max()
+
+
+def test_samples_are_drawn_without_compiling(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    steps: list[int] = []
+    monkeypatch.setattr(
+        torch._dynamo.convert_frame,
+        "_compile",
+        lambda code, *args, **kwargs: compiled.append(code.co_name),
+    )
+    monkeypatch.setattr(loop, "run_step", lambda step: steps.append(1))
+    settings = {"engine": "compile", "samples.enabled": True, "samples.steps": 1}
+    loop.train(make_config(**settings), Console(quiet=True))
+    assert len(steps) == 6
+    assert compiled == []
 
 
 def test_blocks_are_compiled_and_the_rest_is_not(make_config: Callable[..., RunConfig]) -> None:

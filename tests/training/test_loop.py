@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from fastppt.config import RunConfig
 from fastppt.config_io import build_config
 from fastppt.errors import UserError
+from fastppt.mini import build_mini_sdxl
 from fastppt.outputs import files
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 from fastppt.training.loop import RunResult, split_seed
@@ -124,10 +126,22 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(
 def test_the_written_configuration_reproduces_the_run(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(make_config())
+    pipeline = build_mini_sdxl()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pipeline.save_pretrained("model")
+    shutil.copytree(make_config().photos.folder, "photos")
+    first = train(
+        make_config(**{"model.path": "model", "photos.folder": "photos", "output": "first"})
+    )
+    config = build_config(file=first.folder.config)
+    assert config.photos.resolution == 64 and config.engine == "eager"
+    assert config.model.precision == "fp32" and config.model.device == "cpu"
     monkeypatch.chdir(tmp_path)
     output = [("output", str(tmp_path / "again"))]
-    second = train(build_config(file=first.folder.config, settings=output))
+    file = tmp_path / "here" / "first" / "config.toml"
+    second = train(build_config(file=file, settings=output))
+    monkeypatch.chdir(tmp_path / "here")
     assert torch.equal(ups(first.folder.root), ups(second.folder.root))
     assert metrics(first) == metrics(second)
 
@@ -306,3 +320,26 @@ def test_refused_runs_write_nothing(
 def test_other_resolutions_train(make_config: MakeConfig) -> None:
     result = train(make_config(**{"photos.resolution": 96, "stage.0.steps": 2}))
     assert len(metrics(result)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_a_run_on_a_gpu_repeats_bit_for_bit_and_draws_samples(
+    make_config: MakeConfig, tmp_path: Path, engine: str
+) -> None:
+    runs = []
+    for place in ("a", "b"):
+        settings = {
+            "model.device": "cuda",
+            "engine": engine,
+            "output": str(tmp_path / place),
+            "stage.0.steps": 20,
+            "samples.enabled": True,
+            "samples.steps": 2,
+        }
+        runs.append(train(make_config(**settings)))
+    assert runs[0].peak_memory
+    assert all(math.isfinite(row["loss"]) for row in metrics(runs[0]))
+    assert ups(runs[0].folder.root).norm() > 0
+    assert torch.equal(ups(runs[0].folder.root), ups(runs[1].folder.root))
+    assert metrics(runs[0]) == metrics(runs[1])

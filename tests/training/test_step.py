@@ -213,3 +213,18 @@ def test_other_seeds_draw_and_begin_differently(make_config: MakeConfig, family:
     assert not torch.equal(adapters.arena.flat, others.arena.flat)
     assert not torch.equal(draw(step).noise, draw(other).noise)
     assert learning_rate_factor(step.stage, 0) == 1.0
+
+
+@pytest.mark.gpu
+def test_ten_steps_on_a_gpu_do_not_synchronise(make_config: MakeConfig) -> None:
+    family = load_family(ModelConfig(path="mini-sdxl", device="cuda"))
+    step, _ = prepared(make_config(**{"model.device": "cuda"}), family)
+    run_step(step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            run_step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(row["grad_norm"] > 0 for row in metrics_of(step, 11))
