@@ -151,7 +151,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 1,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the first picture; the next count on.")
+        int | None,
+        typer.Option(min=0, max=2**62, help="Of the first picture; the next count on."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
     guidance_scale: Annotated[
@@ -267,7 +268,8 @@ def _print_result(result: RunResult, console: Console) -> None:
     console.print("wrote:", highlight=False)
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
-    root, prompt = shlex.quote(str(result.folder.root)), result.trigger_prompt
-    command = f'{_program()} generate --lora {root} --prompt "{prompt}" --count 4'
+    root = shlex.quote(str(result.folder.root))
+    prompt = shlex.quote(result.trigger_prompt)
+    command = f"{_program()} generate --lora {root} --prompt {prompt} --count 4"
     console.print("use it:", highlight=False)
     console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

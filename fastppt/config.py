@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Text in a TOML file; the one type that is converted.
+FilePath = Annotated[Path, Field(strict=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Engine = Literal["auto", "eager", "compile"]
 AnchorForm = Literal["raw", "effective", "decoupled"]
 
@@ -21,6 +24,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        strict=True,
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
@@ -43,7 +47,7 @@ class ModelConfig(Section):
 class PhotosConfig(Section):
     """The photos of the subject."""
 
-    folder: Path | None = None
+    folder: FilePath | None = None
     """Folder with the .jpg .jpeg .png .webp photos of the subject (required)."""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which photos are scaled (short side) and centre-cropped; unset takes
@@ -78,7 +82,7 @@ class SamplesConfig(Section):
     """Sampler steps of a picture."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
     """Classifier-free guidance scale; up to 1 there is none."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the pictures; the same in every grid of the run."""
 
 
@@ -101,7 +105,7 @@ class LoraConfig(Section):
     ]
     """Patterns of the attention projections that get an adapter; * matches any text, dots
     included."""
-    init: Path | None = None
+    init: FilePath | None = None
     """LoRA file, or folder of a finished run, to start from; unset starts from zero."""
 
 
@@ -192,12 +196,12 @@ class RunConfig(Section):
 
     recipe: str | None = None
     """Recipe that the run is laid over; `fastppt recipes` lists them."""
-    output: Path | None = None
+    output: FilePath | None = None
     """Folder for everything that the run writes (required)."""
     name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$")] | None = None
     """Name of the LoRA file; unset takes the name of the output folder."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything that is drawn; the same seed gives the same run on the same machine."""
+    seed: Seed = 0
+    """Seed of all that is drawn; on the CPU the same seed gives the same run, bit for bit."""
     engine: Engine = "auto"
     """How a step runs: eager, compile (each transformer block by torch.compile), or auto."""
     log_every: Annotated[int, Field(ge=1)] = 10
@@ -213,6 +217,11 @@ class RunConfig(Section):
     prompts: PromptsConfig = PromptsConfig()
     samples: SamplesConfig = SamplesConfig()
     stage: Annotated[list[StageConfig], Field(min_length=1)]
+
+    @property
+    def method(self) -> str:
+        """What to call the run's method: its recipe, or that its stages are its own."""
+        return self.recipe or "own stages"
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:

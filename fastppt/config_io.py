@@ -76,9 +76,13 @@ def build_config(
         UserError: unknown recipe, unreadable file, unknown key, or a value out of range.
     """
     table = _read_toml(file) if file is not None else {}
+    recipe = dict(settings).get("recipe", recipe)
     name = recipe if recipe is not None else table.get("recipe")
     if name is not None and not isinstance(name, str):
-        raise UserError(f"{file}: recipe must be a name in quotes, got {name!r}")
+        origin = f"{file}: " if recipe is None else ""
+        raise UserError(f"{origin}recipe must be a name in quotes, got {name!r}")
+    if isinstance(table.get("stage"), dict):
+        raise UserError(f"{file}: write [[stage]] with two brackets: a run is a list of stages")
     if name is None and "stage" not in table:
         name = DEFAULT_RECIPE
     if name is not None:
@@ -88,12 +92,16 @@ def build_config(
         table = _merge(load_recipe(name)[1], table) | {"recipe": name}
     for key, value in settings:
         _set_key(table, key, value)
-    origin = str(file) if file is not None else f"recipe {name}"
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
-        messages = [_explain(details) for details in error.errors()]
-        raise UserError("\n".join(f"{origin}: {message}" for message in messages)) from None
+        origin = str(file) if file is not None else f"recipe {name}"
+        given = {key for key, _ in settings}
+        messages = [
+            _explain(details) if _key(details) in given else f"{origin}: {_explain(details)}"
+            for details in error.errors()
+        ]
+        raise UserError("\n".join(messages)) from None
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -123,6 +131,10 @@ def check_complete(config: RunConfig) -> None:
             value = getattr(value, part)
         if value is None:
             raise UserError(f"{key} is not set: pass {flag}, or write it in the run's TOML file")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{key}: {str(value)!r} is not text in UTF-8; rename it") from None
 
 
 def render_toml(config: RunConfig) -> str:
@@ -200,9 +212,9 @@ def _set_key(table: Table, key: str, value: Any) -> None:
         if isinstance(here, list):
             here = _list_item(here, part, ".".join(parts[: place + 1]))
             if last:
-                raise UserError(f"--set {key}: names a whole table; name one key in it")
+                raise UserError(f"{key}: names a whole table; name one key in it")
         elif not isinstance(here, dict):
-            raise UserError(f"--set {key}: {'.'.join(parts[:place])} is a value, not a table")
+            raise UserError(f"{key}: {'.'.join(parts[:place])} is a value, not a table")
         elif last:
             here[part] = value
         else:
@@ -210,17 +222,16 @@ def _set_key(table: Table, key: str, value: Any) -> None:
 
 
 def _list_item(items: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
-        counted = "0" if len(items) == 1 else f"0 to {len(items) - 1}"
-        raise UserError(
-            f"--set {key}: there is no such stage (stages count from 0; here: {counted})"
-        )
+    known = [str(index) for index in range(len(items))]
+    if part not in known:
+        counted = ", ".join(known) or "none"
+        raise UserError(f"{key}: there is no such stage (stages count from 0; here: {counted})")
     return items[int(part)]
 
 
 def _explain(details: ErrorDetails) -> str:
     """Say one of pydantic's findings in a user's words: the key, what is wanted, what was given."""
-    key = ".".join(str(part) for part in details["loc"])
+    key = _key(details)
     context = details.get("ctx", {})
     given = details["input"]
     match details["type"]:
@@ -236,6 +247,8 @@ def _explain(details: ErrorDetails) -> str:
             return f"{key} must be < {context['lt']:g}, got {given}"
         case "literal_error":
             return f"{key} must be {context['expected']}, got {given!r}"
+        case "model_type" | "dict_type":
+            return f"{key} must be a table, got {given!r}"
         case "missing":
             return f"{key} is missing"
         case "value_error":
@@ -245,6 +258,10 @@ def _explain(details: ErrorDetails) -> str:
         case _:
             message = details["msg"][0].lower() + details["msg"][1:]
             return f"{key}: {message}, got {given!r}"
+
+
+def _key(details: ErrorDetails) -> str:
+    return ".".join(str(part) for part in details["loc"])
 
 
 def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:

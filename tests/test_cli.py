@@ -56,7 +56,7 @@ def test_train_shows_progress_and_names_its_files_and_the_next_command(
         assert (output / name).is_file()
     # The tests' environment need not be on the PATH: then the command names the program as called.
     program = "fastppt" if shutil.which("fastppt") else "python -m fastppt"
-    assert f'{program} generate --lora {output} --prompt "a photo of sks toy" --count 4' in said
+    assert f"{program} generate --lora {output} --prompt 'a photo of sks toy' --count 4" in said
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
 
 
@@ -91,6 +91,25 @@ def test_generate_without_a_run_asks_for_the_model(trained: Path, tmp_path: Path
     result = run(*arguments, "--model", "mini-sdxl", "--device", "cpu")
     assert result.exit_code == 0
     assert (tmp_path / "generated" / "a-toy-0.png").is_file()
+
+
+def test_generate_draws_from_a_checkpoint_of_a_run(trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints" / "step-000003"
+    result = run(
+        *("generate", "--lora", checkpoint, "--prompt", "a toy", "--steps", 1),
+        *("--output", tmp_path, "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a-toy-0.png").is_file()
+
+
+def test_generate_refuses_what_it_cannot_draw_or_write(trained: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "--lora", trained, "--prompt", "a toy", "--steps", 1]
+    result = run(*arguments, "--resolution", 50, "--device", "cpu")
+    assert result.exit_code == 2 and "must be a multiple of 16" in result.stderr
+    (tmp_path / "file").write_text("mine")
+    result = run(*arguments, "--output", tmp_path / "file", "--device", "cpu")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr
 
 
 def test_flags_win_over_the_file_and_set_over_flags(photos: Path, tmp_path: Path) -> None:

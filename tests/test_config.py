@@ -109,7 +109,12 @@ def test_set_reads_toml_values_and_bare_words(text: str, value: object) -> None:
         ("stage.0.trainables.lora.rnk", 1, "lora.rnk; did you mean 'rank'?"),
         ("photos.foldr", "x", "unknown key photos.foldr; did you mean 'folder'?"),
         ("stage.1.steps", 5, "there is no such stage (stages count from 0; here: 0)"),
+        ("stage.².steps", 5, "there is no such stage"),
         ("stage.0", 5, "names a whole table"),
+        ("seed", True, "seed: input should be a valid integer, got True"),
+        ("samples.seed", 2**70, "samples.seed"),
+        ("model", 3, "model must be a table, got 3"),
+        ("recipe", "zzz", "recipe 'zzz' does not exist"),
         ("seed.x", 1, "seed is a value, not a table"),
         ("engine", "graph", "engine must be 'auto', 'eager' or 'compile', got 'graph'"),
         ("stage.0.optimizer.epsilon", 0, "epsilon must be > 0, got 0"),
@@ -126,6 +131,33 @@ def test_wrong_setting_is_refused_in_words(key: str, value: object, message: str
     with pytest.raises(UserError) as error:
         build_config("ppt-lora", settings=settings)
     assert message in str(error.value)
+
+
+def test_a_recipe_by_set_is_the_recipe() -> None:
+    config = build_config("lora", settings=[("recipe", "ppt-lora")])
+    assert config.recipe == "ppt-lora" and config.stage[0].objectives.anchor is not None
+
+
+def test_what_a_flag_got_wrong_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.toml", 'recipe = "lora"\nlog_every = 0\n')
+    with pytest.raises(UserError) as error:
+        build_config(file=file, settings=[("seed", -1)])
+    assert str(error.value).splitlines() == [
+        "seed must be >= 0, got -1",
+        f"{file}: log_every must be >= 1, got 0",
+    ]
+
+
+def test_one_stage_in_single_brackets_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"write \[\[stage\]\] with two brackets"):
+        build_config(file=write(tmp_path / "run.toml", "[stage]\nsteps = 3\n"))
+
+
+def test_path_that_is_no_text_is_refused() -> None:
+    settings = [(key, "x") for key in ("model.path", "photos.folder", "prompts.class_noun")]
+    config = build_config("lora", settings=[*settings, ("output", "\udcff")])
+    with pytest.raises(UserError, match=r"output: .* is not text in UTF-8"):
+        check_complete(config)
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

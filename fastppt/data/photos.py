@@ -53,7 +53,7 @@ def find_photos(folder: Path) -> list[Photo]:
 
     Raises:
         UserError: no such folder, no photos in it, a photo that cannot be decoded, a caption that
-            cannot be read, is empty, or belongs to no photo.
+            cannot be read or is empty, or an entry of captions.toml that belongs to no photo.
     """
     if not folder.is_dir():
         raise UserError(f"photos: {folder} is not a folder. Is the path right?")
@@ -138,6 +138,8 @@ def _captions_from_toml(file: Path, names: set[str]) -> dict[str, str]:
         raise UserError(f"photos: {file} is not a TOML file ({error})") from None
     captions = {}
     for name, caption in table.items():
+        if isinstance(caption, dict):
+            raise UserError(f'photos: {file}: put file names in quotes, such as "{name}.jpg"')
         if name not in names:
             raise UserError(f"photos: {file} has a caption for {name!r}, which is not a photo here")
         if not isinstance(caption, str):

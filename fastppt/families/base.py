@@ -6,7 +6,7 @@ h and w latent height and width, T diffusion timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,12 +102,12 @@ class Family(Protocol):
 
     def sample(
         self,
-        prompt: PromptEmbeddings,
+        prompts: PromptEmbeddings,
         negative: PromptEmbeddings,
         *,
-        seed: int,
+        seeds: Sequence[int],
         resolution: int,
         steps: int,
         guidance_scale: float,
-    ) -> Image.Image:
-        """Draw one picture with the model's own scheduler; the VAE visits the device."""
+    ) -> Iterator[Image.Image]:
+        """Draw a picture for each prompt and its seed with the model's own scheduler."""

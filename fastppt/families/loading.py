@@ -62,6 +62,9 @@ def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
     device = resolve_device(model.device)
     if dtype is None:
         dtype = resolve_dtype(model.precision, device)
+    if device.type == "cuda":
+        # Events and kernel launches go to the current device, not to that of their tensors.
+        torch.cuda.set_device(device)
     pipeline = _load_pipeline(model, dtype)
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
@@ -87,6 +90,22 @@ def resolve_device(name: str) -> torch.device:
             "pass --device cpu, or install a torch built for your GPU"
         )
     return device
+
+
+def resolve_resolution(resolution: int | None, family: Family) -> int:
+    """Return the side of pictures in pixels; None is the model's own.
+
+    Raises:
+        UserError: not a multiple of what the network needs.
+    """
+    side = resolution or family.native_resolution
+    if side % family.resolution_step:
+        near = max(1, round(side / family.resolution_step)) * family.resolution_step
+        raise UserError(
+            f"resolution must be a multiple of {family.resolution_step} for {family.model.path}, "
+            f"got {side}; the nearest is {near}"
+        )
+    return side
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

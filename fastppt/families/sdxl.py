@@ -6,7 +6,7 @@ height and width, T diffusion timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -172,23 +172,24 @@ class StableDiffusionXL:
     @torch.no_grad()
     def sample(
         self,
-        prompt: PromptEmbeddings,
+        prompts: PromptEmbeddings,
         negative: PromptEmbeddings,
         *,
-        seed: int,
+        seeds: Sequence[int],
         resolution: int,
         steps: int,
         guidance_scale: float,
-    ) -> Image.Image:
-        """Draw one picture through the stock pipeline with the model's own scheduler.
+    ) -> Iterator[Image.Image]:
+        """Draw a picture for each prompt and seed through the stock pipeline.
 
-        The picture is what `StableDiffusionXLPipeline` draws for the same prompt with
-        ``generator=torch.Generator().manual_seed(seed)``. The VAE visits the device for it.
+        A picture is what `StableDiffusionXLPipeline` draws for the same prompt with the model's own
+        scheduler and ``generator=torch.Generator().manual_seed(seed)``. The VAE visits the device
+        until the iterator ends.
         """
         vae = self._pipeline.vae
         home = vae.device
-        # Before the pipeline is made: it works on the device of its first part, the VAE.
         vae.to(self.device)
+        scale, shift = self._latent_scale()
         painter = StableDiffusionXLPipeline(
             vae=vae,
             text_encoder=None,
@@ -200,24 +201,27 @@ class StableDiffusionXL:
             force_zeros_for_empty_prompt=self._pipeline.config.force_zeros_for_empty_prompt,
         )
         painter.set_progress_bar_config(disable=True)
-        latents = painter(
-            prompt_embeds=prompt.tokens,
-            pooled_prompt_embeds=prompt.pooled,
-            negative_prompt_embeds=negative.tokens,
-            negative_pooled_prompt_embeds=negative.pooled,
-            height=resolution,
-            width=resolution,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-        ).images
-        # Not by the pipeline: it does not widen bf16 latents for a float32 VAE.
-        scale, shift = self._latent_scale()
-        pixels = vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
-        vae.to(home)
-        image: Image.Image = painter.image_processor.postprocess(pixels)[0]
-        return image
+        try:
+            for row, seed in enumerate(seeds):
+                prompt = prompts[row : row + 1]
+                latents = painter(
+                    prompt_embeds=prompt.tokens,
+                    pooled_prompt_embeds=prompt.pooled,
+                    negative_prompt_embeds=negative.tokens,
+                    negative_pooled_prompt_embeds=negative.pooled,
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=torch.Generator("cpu").manual_seed(seed),
+                    output_type="latent",
+                ).images
+                # Not by the pipeline: it does not widen bf16 latents for a float32 VAE.
+                latents = latents.to(vae.dtype) / scale + shift
+                pixels = vae.decode(latents, return_dict=False)[0]
+                yield painter.image_processor.postprocess(pixels)[0]
+        finally:
+            vae.to(home)
 
     def _latent_scale(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift [C or 1, 1, 1]: the network sees (x - shift) * scale."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastppt.errors import UserError
+
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write to a temporary name beside the file, sync, rename, sync the folder.
@@ -14,21 +16,32 @@ def write_file(path: Path, content: bytes | str) -> None:
     Args:
         path: Where to; its folder is made if it is missing.
         content: Bytes, or text that is stored as UTF-8.
+
+    Raises:
+        UserError: the file cannot be written, for want of space or of the right to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     # The process id keeps two runs apart; one process writes one file at a time.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder its name, and sync the folder that holds the name."""
+    os.replace(source, target)
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from fastppt.config_io import build_config, render_toml
 from fastppt.errors import UserError
 from fastppt.outputs.files import write_file
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
+
+# Bytes, on every file system that is in use.
+LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Adapters and training state of earlier steps."""
+        """Adapters of earlier steps."""
         return self.root / "checkpoints"
 
     @property
@@ -85,6 +89,10 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
             f"name {run_name(config)}: is that of the LoRA file in diffusers' form; "
             "pass another --name"
         )
+    if len(f".{run_name(config)}.safetensors.{os.getpid()}.tmp".encode()) > LONGEST_NAME:
+        raise UserError(
+            f"name {run_name(config)}: is too long for a file's name; pass a shorter --name"
+        )
     for place in (config.output, *config.output.absolute().parents):
         if place.exists() and not place.is_dir():
             raise UserError(f"output {config.output}: {place} is a file; choose another folder")
@@ -94,6 +102,7 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
                 f"output {config.output}: holds another run; choose another folder, "
                 "or pass --overwrite to delete that run"
             )
+        _read_old_config(folder)
         return folder
     for path in folder.written_by(config):
         if path.exists():
@@ -110,23 +119,31 @@ def open_folder(folder: RunFolder, config: RunConfig) -> None:
     Raises:
         UserError: the folder cannot be made or written.
     """
-    try:
-        if folder.config.exists():
-            _delete_run(folder)
-        folder.root.mkdir(parents=True, exist_ok=True)
-        write_file(folder.config, render_toml(config))
-    except OSError as error:
-        raise UserError(
-            f"output {folder.root}: cannot be written ({error.strerror or error}); "
-            "choose another folder"
-        ) from None
+    if folder.config.exists():
+        _delete_run(folder)
+    write_file(folder.config, render_toml(config))
 
 
 def _delete_run(folder: RunFolder) -> None:
     # The configuration goes last: a deletion that is cut short still leaves a run to overwrite.
-    paths = folder.written_by(build_config(file=folder.config))
+    paths = folder.written_by(_read_old_config(folder))
     for path in (*(path for path in paths if path != folder.config), folder.config):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be deleted ({error.strerror or error})") from None
+
+
+def _read_old_config(folder: RunFolder) -> RunConfig:
+    """Return the configuration of the run that is to be deleted.
+
+    Raises:
+        UserError: the file is none that a run of fastppt wrote.
+    """
+    config = build_config(file=folder.config)
+    if config.output is None:
+        raise UserError(f"{folder.config}: was not written by a run; choose another folder")
+    return config

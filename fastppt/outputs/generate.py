@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from fastppt.config import LoraConfig, ModelConfig, RunConfig, SamplesConfig
 from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.loading import load_family
+from fastppt.families.loading import load_family, resolve_resolution
 from fastppt.outputs.files import write_file
 from fastppt.outputs.lora_files import find_lora_file, read_lora_file
 from fastppt.outputs.samples import png_bytes
@@ -23,9 +24,13 @@ LONGEST_STEM = 60
 
 
 def run_config_of(lora: Path) -> RunConfig | None:
-    """Return the configuration of the run that a folder holds; None where there is none."""
-    file = lora / CONFIG_FILE if lora.is_dir() else lora.parent / CONFIG_FILE
-    return build_config(file=file) if file.is_file() else None
+    """Return the configuration of the run that a LoRA is of; None where there is none."""
+    folder = lora.absolute() if lora.is_dir() else lora.absolute().parent
+    # Beside the LoRA, or two levels up from OUT/checkpoints/step-N.
+    for place in (folder, folder.parent.parent):
+        if (place / CONFIG_FILE).is_file():
+            return build_config(file=place / CONFIG_FILE)
+    return None
 
 
 def generate(
@@ -66,23 +71,22 @@ def generate(
     samples = config.samples if config else SamplesConfig()
     family = load_family(_model_config(config, model))
     install_lora(family, file)
-    side = resolution or (config.photos.resolution if config else None) or family.native_resolution
-    embeddings, negative = family.encode_prompts([prompt]), family.encode_negative()
+    trained_at = config.photos.resolution if config else None
+    side = resolve_resolution(resolution or trained_at, family)
+    first = samples.seed if seed is None else seed
+    seeds = range(first, first + count)
     folder = output or file.parent / "generated"
-    paths = []
-    for index in range(count):
-        number = (samples.seed if seed is None else seed) + index
-        image = family.sample(
-            embeddings,
-            negative,
-            seed=number,
-            resolution=side,
-            steps=steps or samples.steps,
-            guidance_scale=samples.guidance_scale if guidance_scale is None else guidance_scale,
-        )
-        path = folder / f"{_stem(prompt)}-{number}.png"
-        write_file(path, png_bytes(image))
-        paths.append(path)
+    paths = [folder / f"{_stem(prompt)}-{number}.png" for number in seeds]
+    pictures = family.sample(
+        family.encode_prompts([prompt])[torch.zeros(count, dtype=torch.int64)],
+        family.encode_negative(),
+        seeds=seeds,
+        resolution=side,
+        steps=steps or samples.steps,
+        guidance_scale=samples.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+    for path, picture in zip(paths, pictures, strict=True):
+        write_file(path, png_bytes(picture))
     return paths
 
 
@@ -102,8 +106,10 @@ def _model_config(config: RunConfig | None, given: Mapping[str, str | None]) -> 
 def install_lora(family: Family, file: Path) -> LoraAdapters:
     """Put the adapters of a LoRA file into the family's network."""
     weights = read_lora_file(file, family)
-    rank = next(iter(weights.values()))[0].shape[0]
-    config = LoraConfig(rank=rank, targets=list(weights))
+    ranks = sorted({down.shape[0] for down, _, _ in weights.values()})
+    if len(ranks) > 1:
+        raise UserError(f"LoRA {file}: has ranks {ranks}; fastppt reads files of one rank")
+    config = LoraConfig(rank=ranks[0], targets=list(weights))
     adapters = LoraAdapters(family.network, config, seed=0, device=family.device)
     adapters.load(weights)
     return adapters

@@ -110,12 +110,12 @@ def kohya_metadata(
         "ss_max_grad_norm": f"{stage.optimizer.max_grad_norm:g}",
         "ss_mixed_precision": {torch.bfloat16: "bf16"}.get(family.dtype, "no"),
         "ss_seed": str(config.seed),
-        "ss_training_comment": f"fastppt recipe {config.recipe}",
+        "ss_training_comment": f"fastppt, {config.method}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{family.modelspec_architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": run_name(config),
-        "modelspec.description": f"{subject}, learned by fastppt with recipe {config.recipe}",
+        "modelspec.description": f"{subject}, learned by fastppt ({config.method})",
         "modelspec.trigger_phrase": subject,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.resolution": f"{side}x{side}",
@@ -155,7 +155,8 @@ def read_lora_file(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor
     file = find_lora_file(path)
     try:
         state, alphas = family.read_lora_state(file.resolve())
-    except (OSError, ValueError, SafetensorError) as error:
+    # diffusers looks keys up that a damaged file lacks.
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"LoRA {file}: cannot be read ({error})") from None
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}

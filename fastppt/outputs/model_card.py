@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 from fastppt.config import RunConfig
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
@@ -14,7 +17,7 @@ LOAD_MODEL = {
 LOAD_ANY = (
     "import torch\n"
     "from diffusers import DiffusionPipeline\n\n"
-    'pipe = DiffusionPipeline.from_pretrained("{path}", torch_dtype=torch.bfloat16).to("cuda")'
+    'pipe = DiffusionPipeline.from_pretrained({path}, torch_dtype=torch.bfloat16).to("cuda")'
 )
 
 
@@ -23,15 +26,16 @@ def model_card(
 ) -> str:
     """Return the Markdown text."""
     name, subject = run_name(config), subject_words(config.prompts)
+    prompt = subject_prompt(config.prompts)
     path = str(config.model.path)
-    load_model = LOAD_MODEL.get(path, LOAD_ANY.format(path=path))
+    load_model = LOAD_MODEL.get(path, LOAD_ANY.format(path=json.dumps(path)))
     steps = sum(stage.steps for stage in config.stage)
     return f"""\
 ---
-base_model: {path}
+base_model: {json.dumps(path)}
 library_name: diffusers
 tags: [text-to-image, lora, {family.name}, fastppt]
-instance_prompt: {subject_prompt(config.prompts)}
+instance_prompt: {json.dumps(prompt)}
 ---
 
 # {name}
@@ -40,7 +44,7 @@ A LoRA for `{path}` that knows **{subject}**, learned by fastppt from {num_photo
 
 ## Trigger words
 
-Write `{subject}` where the subject should be: `{subject_prompt(config.prompts)}`.
+Write `{subject}` where the subject should be: `{prompt}`.
 The plain class, as the base model knows it, is still `{class_prompt(config.prompts)}`.
 
 ## How to use it
@@ -48,7 +52,7 @@ The plain class, as the base model knows it, is still `{class_prompt(config.prom
 With fastppt:
 
 ```
-fastppt generate --lora . --prompt "{subject_prompt(config.prompts)}" --count 4
+fastppt generate --lora . --prompt {shlex.quote(prompt)} --count 4
 ```
 
 With diffusers (needs `pip install peft`):
@@ -56,7 +60,7 @@ With diffusers (needs `pip install peft`):
 ```python
 {load_model}
 pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
-image = pipe("{subject_prompt(config.prompts)}").images[0]
+image = pipe({json.dumps(prompt)}).images[0]
 ```
 
 In other programs, put `{name}.safetensors` into
@@ -70,7 +74,7 @@ In other programs, put `{name}.safetensors` into
 
 | | |
 |---|---|
-| recipe | {config.recipe} |
+| recipe | {config.method} |
 | steps | {steps} in {seconds:.0f} s |
 | rank, alpha | {adapters.rank}, {adapters.alpha:g} |
 | trained parameters | {adapters.num_parameters:,} |

@@ -28,17 +28,15 @@ def draw_samples(
     resolution: int,
 ) -> list[Image.Image]:
     """Draw one picture a prompt, all from the same seed."""
-    return [
-        family.sample(
-            prompts[row : row + 1],
-            negative,
-            seed=samples.seed,
-            resolution=resolution,
-            steps=samples.steps,
-            guidance_scale=samples.guidance_scale,
-        )
-        for row in range(len(prompts.tokens))
-    ]
+    pictures = family.sample(
+        prompts,
+        negative,
+        seeds=[samples.seed] * len(prompts.tokens),
+        resolution=resolution,
+        steps=samples.steps,
+        guidance_scale=samples.guidance_scale,
+    )
+    return list(pictures)
 
 
 def write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:

@@ -147,7 +147,7 @@ class LoraAdapters:
             if down.shape[0] != self.rank:
                 raise UserError(
                     f"{name}: rank {down.shape[0]} in the file and {self.rank} here; "
-                    f"pass --rank {down.shape[0]}"
+                    f"set stage.0.trainables.lora.rank to {down.shape[0]}"
                 )
             if (down.shape, up.shape) != (here[name].down.shape, here[name].up.shape):
                 raise UserError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from fastppt.families.base import Family
+from fastppt.outputs.files import rename
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, write_diffusers_file
 from fastppt.trainables.lora import LoraAdapters
 
@@ -22,4 +22,4 @@ def save_checkpoint(folder: Path, family: Family, adapters: LoraAdapters) -> Non
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     write_diffusers_file(aside / DIFFUSERS_FILE, family, adapters)
-    os.replace(aside, folder)
+    rename(aside, folder)

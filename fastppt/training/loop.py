@@ -19,7 +19,13 @@ from fastppt.data.photos import Photo, find_photos, square_photo
 from fastppt.data.prompts import PromptBank, encode_prompt_bank, sample_prompts, subject_prompt
 from fastppt.errors import UserError
 from fastppt.families.base import Family, PromptEmbeddings
-from fastppt.families.loading import PRECISIONS, check_model, load_family, resolve_path
+from fastppt.families.loading import (
+    PRECISIONS,
+    check_model,
+    load_family,
+    resolve_path,
+    resolve_resolution,
+)
 from fastppt.objectives.anchor import anchored_group
 from fastppt.outputs.files import write_file
 from fastppt.outputs.folder import RunFolder, check_output, open_folder
@@ -57,7 +63,7 @@ class RunResult:
         folder: The output folder.
         files: The files to use: LoRA in both forms, then the model card and the last grid.
         seconds: Wall-clock time by phase.
-        peak_memory: Bytes at most allocated on a GPU; None on the CPU.
+        peak_memory: Bytes at most allocated on a GPU while steps ran; None on the CPU.
         config: The resolved configuration.
     """
 
@@ -106,14 +112,12 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
         result.config = config = resolve(config, family)
         adapters = build_adapters(config, family)
     console.print(_headline(config, family, adapters, len(photos)))
-    open_folder(folder, config)
     with result.phase("encode"):
         latents, prompts, sheet = encode(config, family, photos)
+    open_folder(folder, config)
     prepare_engine(config.engine, family)
     _Run(config, family, adapters, latents, prompts, sheet, result, console).go()
     result.files = save(folder, config, family, adapters, result, len(photos))
-    if family.device.type == "cuda":
-        result.peak_memory = torch.cuda.max_memory_allocated(family.device)
     return result
 
 
@@ -123,18 +127,12 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
     Raises:
         UserError: the resolution is not a multiple of what the network needs.
     """
-    resolution = config.photos.resolution or family.native_resolution
-    if resolution % family.resolution_step:
-        near = max(1, round(resolution / family.resolution_step)) * family.resolution_step
-        raise UserError(
-            f"photos.resolution must be a multiple of {family.resolution_step} "
-            f"for {config.model.path}, got {resolution}; the nearest is {near}"
-        )
+    resolution = resolve_resolution(config.photos.resolution, family)
     assert config.model.path is not None
     assert config.photos.folder is not None and config.output is not None
     model = {
         "path": resolve_path(config.model.path),
-        "device": family.device.type,
+        "device": str(family.device),
         "precision": PRECISIONS.get(family.dtype, config.model.precision),
     }
     photos = {"resolution": resolution, "folder": config.photos.folder.absolute()}
@@ -244,11 +242,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.result.folder
+        self.total = sum(stage.steps for stage in config.stage)
         self.metrics = MetricsFile(folder.metrics)
         self.curves = Curves(folder.tensorboard) if config.tensorboard else None
-        self.ring = MetricRing(METRICS, config.log_every, self.family.device)
+        self.ring = MetricRing(METRICS, min(config.log_every, self.total), self.family.device)
         self.generator = new_generator(config, self.family)
-        self.total = sum(stage.steps for stage in config.stage)
         self.line = ProgressLine(self.console, self.total)
         self.done, self.read = 0, 0
 
@@ -265,7 +263,7 @@ class _Run:
     def run_stage(self, index: int, stage: StageConfig) -> None:
         """Train one stage from where the last one ended."""
         assert stage.trainables.lora is not None
-        base_rate = stage.trainables.lora.learning_rate
+        config, base_rate = self.config, stage.trainables.lora.learning_rate
         step = build_step(
             self.config,
             stage,
@@ -281,14 +279,23 @@ class _Run:
                 step.learning_rate.fill_(base_rate * learning_rate_factor(stage, number))
                 run_step(step)
                 self.done += 1
-                last = number == stage.steps - 1
-                self.look(index, last)
-            if self._due(self.config.sample_every) or self.done == self.total:
+                self.look(index, last=number == stage.steps - 1)
+                if self.done == 1 or self._due(config.sample_every, config.checkpoint_every):
+                    self.finish_steps()
+            if self._due(config.sample_every):
                 self.draw_grid()
-            if self._due(self.config.checkpoint_every) or self.done == self.total:
+            if self._due(config.checkpoint_every):
                 with self.result.phase("save"):
                     folder = self.result.folder.checkpoint(self.done)
                     save_checkpoint(folder, self.family, self.adapters)
+
+    def finish_steps(self) -> None:
+        """Wait for the steps that are under way, and note the most memory that they took."""
+        device = self.family.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device)
+            self.result.peak_memory = max(self.result.peak_memory or 0, peak)
 
     def look(self, stage_index: int, last: bool) -> None:
         """Read the ring when it is full or the stage ends; the copy is awaited one look later."""
@@ -308,12 +315,20 @@ class _Run:
         if self.curves is not None:
             self.curves.append(rows)
         loss = sum(row["loss"] for row in rows) / len(rows)
-        self.line.update(int(rows[-1]["step"]), loss, rows[-1]["anchor"])
+        seconds = self.result.seconds.get("train", 0.0)
+        # The first step is apart, and the one that is being looked at is not over.
+        rate = (self.done - 2) / seconds if seconds else None
+        self.line.update(int(rows[-1]["step"]), loss, rows[-1]["anchor"], rate)
 
     def draw_grid(self) -> None:
         """Draw the sample grid as the network is now."""
-        if not self.config.samples.enabled:
-            return
+        if self.config.samples.enabled:
+            self._draw_grid()
+        if self.family.device.type == "cuda":
+            # What encoding and pictures take is not what training takes.
+            torch.cuda.reset_peak_memory_stats(self.family.device)
+
+    def _draw_grid(self) -> None:
         assert self.config.photos.resolution is not None
         with self.result.phase("samples"):
             sheet, samples = self.sheet, self.config.samples
@@ -328,8 +343,10 @@ class _Run:
                 )
             write_grid(self.result.folder.grid(self.done), images, sheet.captions)
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.done % every == 0
+    def _due(self, *every: int) -> bool:
+        """Say whether one of several things is due: each so many steps, and all at the end."""
+        ends = self.done == self.total
+        return ends or any(number > 0 and self.done % number == 0 for number in every)
 
 
 def save(
@@ -352,7 +369,7 @@ def save(
 def _headline(config: RunConfig, family: Family, adapters: LoraAdapters, num_photos: int) -> str:
     steps = sum(stage.steps for stage in config.stage)
     return (
-        f"{config.recipe}: {num_photos} photos, {steps} steps on {config.model.path} "
+        f"{config.method}: {num_photos} photos, {steps} steps on {config.model.path} "
         f"({family.name}, {family.device}, {str(family.dtype).removeprefix('torch.')}, "
         f"{config.engine}); rank {adapters.rank}, {adapters.num_parameters:,} parameters"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 from typing import Self
 
@@ -32,8 +31,6 @@ class ProgressLine:
         self._total = total
         self._every = max(1, total // PLAIN_LINES)
         self._next = self._every
-        self._started: float | None = None
-        self._first = 0
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -58,19 +55,21 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
-    def update(self, step: int, loss: float, anchor: float) -> None:
-        """Show the state after a step, counted from 1, and the mean loss since the last call."""
-        now = time.perf_counter()
-        if self._started is None:
-            # The first numbers come after the first interval: its warm-up is not part of the rate.
-            self._started, self._first = now, step
-        seconds = now - self._started
-        rate = f"{(step - self._first) / seconds:.2f} it/s" if step > self._first else "-"
+    def update(self, step: int, loss: float, anchor: float, rate: float | None) -> None:
+        """Show the state after a step.
+
+        Args:
+            step: Counted from 1.
+            loss: The mean since the last call.
+            anchor: The penalty at the step.
+            rate: Steps a second, the first step and pictures apart; None while not known.
+        """
+        speed = f"{rate:.2f} it/s" if rate is not None else "-"
         self._progress.update(
-            self._task, completed=step, loss=f"{loss:.4f}", anchor=f"{anchor:.2e}", rate=rate
+            self._task, completed=step, loss=f"{loss:.4f}", anchor=f"{anchor:.2e}", rate=speed
         )
         if not self._console.is_terminal and (step >= self._next or step == self._total):
             self._next += self._every
             self._console.print(
-                f"step {step}/{self._total}  loss {loss:.4f}  anchor {anchor:.2e}  {rate}"
+                f"step {step}/{self._total}  loss {loss:.4f}  anchor {anchor:.2e}  {speed}"
             )

@@ -110,6 +110,7 @@ def test_captions_come_from_text_beside_or_from_one_file(tmp_path: Path) -> None
     [
         ("captions.toml", b'"x.png" = "a"', "'x.png', which is not a photo"),
         ("captions.toml", b"= 1", "is not a TOML file"),
+        ("captions.toml", b"a.png = 'x'", 'put file names in quotes, such as "a.jpg"'),
         ("captions.toml", b'"a.png" = 3', "must be text in quotes"),
         ("captions.toml", b'"a.png" = " "', r"caption of a\.png is empty"),
         ("a.txt", b"", r"caption of a\.png is empty"),

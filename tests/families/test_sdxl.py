@@ -93,10 +93,10 @@ def test_prompts_are_encoded_as_the_pipeline_does(family: Family) -> None:
 
 def test_sample_equals_the_stock_pipeline(family: Family) -> None:
     prompt = "a photo of a dog on the beach"
-    ours = family.sample(
+    (ours,) = family.sample(
         family.encode_prompts([prompt]),
         family.encode_negative(),
-        seed=7,
+        seeds=[7],
         resolution=64,
         steps=4,
         guidance_scale=5.0,
@@ -110,7 +110,31 @@ def test_sample_equals_the_stock_pipeline(family: Family) -> None:
 
 def test_released_encoders_can_still_draw_pictures(family: Family) -> None:
     prompt, negative = family.encode_prompts(["a dog"]), family.encode_negative()
-    settings = {"seed": 0, "resolution": 64, "steps": 2, "guidance_scale": 3.0}
-    before = family.sample(prompt, negative, **settings)
+    settings = {"seeds": [0], "resolution": 64, "steps": 2, "guidance_scale": 3.0}
+    (before,) = family.sample(prompt, negative, **settings)
     family.release_encoders()
-    assert before.tobytes() == family.sample(prompt, negative, **settings).tobytes()
+    (after,) = family.sample(prompt, negative, **settings)
+    assert before.tobytes() == after.tobytes()
+
+
+def test_encoders_leave_the_device_and_the_vae_comes_back_after_pictures(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, negative = family.encode_prompts(["a dog"]), family.encode_negative()
+    pipeline = family._pipeline
+    parts = {"vae": pipeline.vae, "one": pipeline.text_encoder, "two": pipeline.text_encoder_2}
+    moves: list[tuple[str, str]] = []
+    for name, part in parts.items():
+        move = lambda place, name=name: moves.append((name, str(place)))  # noqa: E731
+        monkeypatch.setattr(part, "to", move)
+    family.release_encoders()
+    assert sorted(moves) == [("one", "cpu"), ("two", "cpu"), ("vae", "cpu")]
+    moves.clear()
+    # Its place is the home that it had before; here both are the CPU.
+    pictures = family.sample(
+        prompt, negative, seeds=[0], resolution=64, steps=1, guidance_scale=1.0
+    )
+    next(pictures)
+    assert moves == [("vae", "cpu")]
+    pictures.close()
+    assert moves == [("vae", "cpu"), ("vae", "cpu")]

@@ -55,6 +55,22 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(
     assert left == ["config.toml", "other.safetensors"]
 
 
+@pytest.mark.parametrize("content", ["", "seed = 1", "not toml ="])
+def test_config_of_something_else_is_never_overwritten(
+    make_config: MakeConfig, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.toml").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"config\.toml|holds another run"):
+            check_output(make_config(output=str(tmp_path)), overwrite)
+    assert (tmp_path / "config.toml").read_text() == content
+
+
+def test_too_long_a_name_is_refused_at_the_door(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too long"):
+        check_output(make_config(name="n" * 240), overwrite=False)
+
+
 def test_name_of_the_other_lora_file_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pass another --name"):
         check_output(make_config(name="pytorch_lora_weights"), overwrite=False)

@@ -35,10 +35,10 @@ def trained(family: Family, alpha: float | None = None) -> LoraAdapters:
 
 
 def draw(family: Family) -> np.ndarray:
-    image = family.sample(
+    (image,) = family.sample(
         family.encode_prompts([PROMPT]),
         family.encode_negative(),
-        seed=3,
+        seeds=[3],
         resolution=64,
         steps=4,
         guidance_scale=4.0,
@@ -214,6 +214,16 @@ def test_file_without_pairs_is_refused(family: Family, tmp_path: Path) -> None:
     save_file({"unet.mid_block.x.to_q.lora_A.weight": torch.ones(2, 4)}, path)
     with pytest.raises(UserError, match="no complete down and up pairs"):
         read_lora_file(path, family)
+
+
+def test_kohya_file_without_its_up_side_is_named(
+    written: tuple[list[Path], LoraAdapters, Family], tmp_path: Path
+) -> None:
+    (_, kohya_file), _, family = written
+    tensors = {k: v for k, v in load_file(kohya_file).items() if "lora_up" not in k}
+    save_file(tensors, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match=r"half\.safetensors"):
+        read_lora_file(tmp_path / "half.safetensors", family)
 
 
 def test_missing_file_and_pickle_are_refused(tmp_path: Path) -> None:

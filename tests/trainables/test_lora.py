@@ -160,7 +160,7 @@ def test_loaded_adapters_add_the_same_under_another_alpha(family_float64: Family
             lambda weights: weights.update(
                 {k: (d[:1], u[:, :1], s) for k, (d, u, s) in weights.items()}
             ),
-            "rank 1 in the file and 2 here; pass --rank 1",
+            "rank 1 in the file and 2 here; set stage.0.trainables.lora.rank to 1",
         ),
         (
             lambda weights: weights.update(

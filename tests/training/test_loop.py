@@ -10,17 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from fastppt.config import RunConfig
 from fastppt.config_io import build_config
+from fastppt.data.prompts import sample_prompts
 from fastppt.errors import UserError
+from fastppt.families.loading import load_family
 from fastppt.mini import build_mini_sdxl
 from fastppt.outputs import files
+from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
+from fastppt.outputs.samples import MARGIN, MIN_CELL
+from fastppt.training import loop
 from fastppt.training.loop import RunResult, split_seed
 from fastppt.training.loop import train as train_run
+from fastppt.training.schedule import learning_rate_factor
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -103,7 +111,8 @@ def test_every_file_is_written_by_rename(
     written = [path for path in opened if root in path.parents]
     assert len(written) >= 7
     assert all(path.name.endswith(".tmp") for path in written)
-    assert len(synced) == 2 * len(written)
+    # A file and its folder each, and the folder in which the checkpoint got its name.
+    assert len(synced) == 2 * len(written) + 1
     left = {path.name for path in root.rglob("*") if path.is_file()}
     assert not any(name.endswith(".tmp") for name in left)
 
@@ -207,6 +216,100 @@ def test_every_form_of_the_anchor_holds(make_config: MakeConfig, tmp_path: Path,
     assert drifts[1] < 0.5 * drifts[0]
 
 
+def test_the_learning_rate_follows_its_schedule(make_config: MakeConfig) -> None:
+    settings = {"stage.0.schedule": "cosine", "stage.0.warmup_steps": 2, "log_every": 10**12}
+    config = make_config(**settings)
+    rates = [row["learning_rate"] for row in metrics(train(config))]
+    wanted = [1e-3 * learning_rate_factor(config.stage[0], step) for step in range(6)]
+    assert rates == pytest.approx(wanted, rel=1e-6)
+    assert len(set(wanted)) == 6
+
+
+def test_two_streams_of_one_run_differ(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    real_split = loop.split_seed
+
+    def split(seed: int, stream: int) -> int:
+        seeds.append(real_split(seed, stream))
+        return seeds[-1]
+
+    monkeypatch.setattr(loop, "split_seed", split)
+    train(make_config(**{"stage.0.steps": 1}))
+    assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_grids_show_the_tuned_network_as_configured(make_config: MakeConfig) -> None:
+    settings = {
+        "samples.enabled": True,
+        "samples.steps": 2,
+        "samples.guidance_scale": 7.5,
+        "samples.seed": 11,
+        "stage.0.trainables.lora.learning_rate": 0.05,
+    }
+    config = make_config(**settings)
+    result = train(config)
+    family = load_family(config.model)
+    adapters = install_lora(family, result.folder.root / DIFFUSERS_FILE)
+    captions = sample_prompts(config.prompts)
+
+    def cells() -> list[bytes]:
+        pictures = family.sample(
+            family.encode_prompts(captions),
+            family.encode_negative(),
+            seeds=[11] * len(captions),
+            resolution=64,
+            steps=2,
+            guidance_scale=7.5,
+        )
+        return [picture.tobytes() for picture in pictures]
+
+    def cells_of(path: Path) -> list[bytes]:
+        grid = Image.open(path)
+        size = (MIN_CELL, MIN_CELL)
+        corners = [(MARGIN + column * (MIN_CELL + MARGIN), MARGIN) for column in range(5)]
+        crops = [grid.crop((x, y, x + MIN_CELL, y + MIN_CELL)) for x, y in corners]
+        assert crops[0].size == size
+        return [crop.resize((64, 64), Image.Resampling.NEAREST).tobytes() for crop in crops]
+
+    tuned = cells()
+    with adapters.switch.base():
+        base = cells()
+    assert tuned != base
+    assert cells_of(result.folder.grid(0)) == base
+    assert cells_of(result.folder.grid(6)) == tuned
+
+
+def test_zero_anchor_pulls_an_initial_adapter_back(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = train(make_config(output=str(tmp_path / "a")))
+    settings = {
+        "output": str(tmp_path / "b"),
+        "stage.0.steps": 1,
+        "stage.0.trainables.lora.init": str(first.folder.root),
+        "stage.0.objectives.anchor.to": "zero",
+        "stage.0.objectives.anchor.weight": 2.0,
+    }
+    (row,) = metrics(train(make_config(**settings)))
+    assert row["anchor"] == pytest.approx(2 * effective_drift(first.folder.root) ** 2, rel=1e-4)
+
+
+def test_a_run_with_stages_of_its_own_has_a_name_for_its_method(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    result = train(make_config().model_copy(update={"recipe": None}))
+    assert "| recipe | own stages |" in result.folder.card.read_text()
+
+
+def test_odd_words_leave_the_model_card_readable(make_config: MakeConfig) -> None:
+    config = make_config(**{"prompts.class_noun": 'dog: "x" # y\'', "stage.0.steps": 1})
+    card = train(config).folder.card.read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["instance_prompt"] == 'a photo of sks dog: "x" # y\''
+    code = card.split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+
+
 def test_a_run_continues_from_a_lora_file(make_config: MakeConfig, tmp_path: Path) -> None:
     first = train(make_config(output=str(tmp_path / "a")))
     start = load_file(first.folder.root / DIFFUSERS_FILE)
@@ -231,7 +334,7 @@ def test_lora_of_another_rank_is_refused_before_anything_is_written(
         "stage.0.trainables.lora.rank": 8,
         "stage.0.trainables.lora.init": str(first.folder.root),
     }
-    with pytest.raises(UserError, match="rank 4 in the file and 8 here; pass --rank 4"):
+    with pytest.raises(UserError, match="rank 4 in the file and 8 here"):
         train(make_config(**settings))
     assert not (tmp_path / "b").exists()
 
@@ -274,8 +377,6 @@ learning_rate = {rate}
 def test_base_weights_are_bit_identical_after_training(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastppt.training import loop
-
     loaded = []
     real_load = loop.load_family
 

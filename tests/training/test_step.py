@@ -58,7 +58,15 @@ def test_ten_steps_make_no_host_read(
             run_step(step)
 
 
-@pytest.mark.parametrize("read", [torch.Tensor.item, bool, float, torch.Tensor.nonzero])
+@pytest.mark.parametrize(
+    "read",
+    [
+        *(torch.Tensor.item, bool, float, torch.Tensor.nonzero, torch.Tensor.unique),
+        lambda tensor: torch.equal(tensor, tensor),
+        lambda tensor: tensor[None][tensor[None] > 0],
+        lambda tensor: tensor + torch.tensor(2.0),
+    ],
+)
 def test_a_host_read_does_not_pass_unseen(read: Callable[[Tensor], object]) -> None:
     with pytest.raises(AssertionError), ForbidHostReads():
         read(torch.ones(()))
@@ -125,7 +133,7 @@ def oracle_loss(step: Step, adapters: LoraAdapters, leaves: Leaves) -> Tensor:
             total = total + (prediction - draws.noise[row]).square().mean()
     denoising = total / (stage.batch_size * stage.gradient_accumulation)
     anchor = stage.objectives.anchor
-    return denoising + (anchor.weight * penalty if anchor is not None else 0)
+    return 1.7 * denoising + (anchor.weight * penalty if anchor is not None else 0)
 
 
 @pytest.mark.parametrize("recipe", ["lora", "ppt-lora"])
@@ -141,6 +149,11 @@ def test_five_steps_follow_the_equations(
         "stage.0.batch_size": batch_size,
         "stage.0.gradient_accumulation": accumulation,
         "stage.0.optimizer.max_grad_norm": 0.05,
+        "stage.0.optimizer.beta1": 0.7,
+        "stage.0.optimizer.beta2": 0.9,
+        "stage.0.optimizer.epsilon": 1e-6,
+        "stage.0.optimizer.weight_decay": 0.5,
+        "stage.0.objectives.denoising.weight": 1.7,
     }
     if recipe == "ppt-lora":
         settings["stage.0.objectives.anchor.weight"] = 30.0
@@ -152,7 +165,7 @@ def test_five_steps_follow_the_equations(
     }
     tensors = [leaf for pair in leaves.values() for leaf in pair]
     rate = step.stage.trainables.lora.learning_rate
-    reference = torch.optim.AdamW(tensors, lr=rate, weight_decay=1e-4)
+    reference = torch.optim.AdamW(tensors, lr=rate, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.5)
     losses = []
     for _ in range(5):
         with replayed_draws(step):
@@ -170,8 +183,8 @@ def test_five_steps_follow_the_equations(
         ):
             drift = (theirs.detach() - begin).abs().max()
             assert drift > 0, pair.name
-            # Adam divides by the root of the squared gradient plus 1e-8, which enlarges the
-            # rounding of gradients near zero: 1e-7 of the drift, where the rest agrees to 1e-12.
+            # Adam divides by the root of the squared gradient plus epsilon, which enlarges the
+            # rounding of gradients near zero.
             assert ((ours - begin) - (theirs.detach() - begin)).abs().max() <= 1e-7 * drift
 
 
