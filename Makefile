@@ -30,6 +30,7 @@ check: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m fastppt_kernels.aot
 
 bench: .venv/installed-test
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -26,15 +26,18 @@ def check_lengths(lists: dict[str, Sequence[object]]) -> None:
 
 def check_shapes(wanted_name: str, wanted: Sequence[Tensor], lists: NamedLists) -> None:
     """Raise ValueError unless each tensor has the shape of its partner in ``wanted``."""
-    shapes = [t.shape for t in wanted]
     for name, tensors in lists.items():
-        if [w if t is None else t.shape for t, w in zip(tensors, shapes, strict=True)] == shapes:
+        present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        partners = wanted if len(present) == len(tensors) else [wanted[i] for i in present]
+        given = [t for t in tensors if t is not None]
+        # Not by lists of shapes: thousands of new objects wake the garbage collector.
+        if all(map(Tensor.is_same_size, given, partners)):
             continue
-        for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-            if tensor is not None and tensor.shape != shape:
+        for index, tensor, partner in zip(present, given, partners, strict=True):
+            if tensor.shape != partner.shape:
                 raise ValueError(
                     f"{name}[{index}]: got shape {tuple(tensor.shape)}, "
-                    f"want {tuple(shape)}, the shape of {wanted_name}[{index}]"
+                    f"want {tuple(partner.shape)}, the shape of {wanted_name}[{index}]"
                 )
 
 

@@ -3,7 +3,13 @@ import torch
 
 from fastppt_kernels import lora_anchor_penalty_
 from fastppt_kernels.lora_anchor_penalty.reference import lora_anchor_penalty_reference
-from fastppt_kernels.testing import ForbidHostReads
+from fastppt_kernels.testing import (
+    ForbidHostReads,
+    check_added,
+    check_stored,
+    draw_lora_lists,
+    drop_lora_grads,
+)
 
 WEIGHT = 0.37
 # (rank, in, out, scale)
@@ -17,44 +23,21 @@ PAIRS = {
 }
 
 
-def make(pairs, dtype=torch.float64, drift=1e-2, none_at=()):
+def make(pairs, dtype=torch.float64, drift=1e-2, none_at=(), zero_grads=False):
     """Return the lists of the op; anchors are there except for the pairs of ``none_at``."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    downs = [draw(rank, width) for rank, width, _, _ in pairs]
-    ups = [draw(out, rank) for rank, _, out, _ in pairs]
-    anchors = [[(t + drift * draw(*t.shape)).to(dtype) for t in ts] for ts in (downs, ups)]
-    grads = [[draw(*t.shape).to(dtype) for t in ts] for ts in (downs, ups)]
-    anchor_downs, anchor_ups = (
-        [None if i in none_at else a for i, a in enumerate(ts)] for ts in anchors
+    return draw_lora_lists(
+        pairs, WEIGHT, dtypes=[dtype] * 3, drift=drift, none_at=none_at, zero_grads=zero_grads
     )
-    return {
-        "downs": [t.to(dtype) for t in downs],
-        "ups": [t.to(dtype) for t in ups],
-        "scales": [scale for *_, scale in pairs],
-        "down_grads": grads[0],
-        "up_grads": grads[1],
-        "weight": WEIGHT,
-        "anchor_downs": anchor_downs,
-        "anchor_ups": anchor_ups,
-    }
 
 
 def check_against_reference(op, lists, tolerance=1e-12):
     """Compare what is added to the gradients, not the gradients."""
     grads = lists["down_grads"] + lists["up_grads"]
-    old = [g.double().clone() for g in grads]
+    old = [g.clone() for g in grads]
     penalty = op(**lists)
-    specification = {k: v for k, v in lists.items() if not k.endswith("grads")}
-    specification["weight"] = float(specification["weight"])
-    wanted_penalty, down_updates, up_updates = lora_anchor_penalty_reference(**specification)
+    wanted_penalty, downs, ups = lora_anchor_penalty_reference(**drop_lora_grads(lists))
     torch.testing.assert_close(penalty.double(), wanted_penalty, rtol=tolerance, atol=0)
-    for new, before, update in zip(grads, old, down_updates + up_updates, strict=True):
-        error = (new.double() - before - update).norm()
-        assert error <= tolerance * update.norm() + 1e-15 * before.norm()
+    check_added(grads, old, downs + ups, tolerance)
 
 
 def all_of(pairs):
@@ -70,7 +53,7 @@ def test_values_and_gradients_equal_the_reference_in_float64(pairs, anchored):
 
 def test_reference_is_the_gradient_of_its_penalty():
     lists = make(PAIRS["63"])
-    lists = {k: v for k, v in lists.items() if not k.endswith("grads")}
+    lists = drop_lora_grads(lists)
     _, down_gradients, up_gradients = lora_anchor_penalty_reference(**lists)
     down, up = (lists[k][0].requires_grad_() for k in ("downs", "ups"))
     change = lists["scales"][0] * (up @ down - lists["anchor_ups"][0] @ lists["anchor_downs"][0])
@@ -91,9 +74,7 @@ def test_left_out_anchors_are_anchors_of_none():
 
 @pytest.mark.parametrize("drift", [1.0, 1e-2, 1e-4])
 def test_float32_is_right_to_its_rounding_at_any_drift(drift):
-    lists = make(PAIRS["63"], torch.float32, drift)
-    for grad in lists["down_grads"] + lists["up_grads"]:
-        grad.zero_()
+    lists = make(PAIRS["63"], torch.float32, drift, zero_grads=True)
     check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
 
 
@@ -109,24 +90,19 @@ def test_penalty_vanishes_at_the_anchor():
 def test_narrow_gradient_is_rounded_once(dtype):
     lists = make([(3, 7, 5, 0.5)], dtype, drift=0.1)
     grads = lists["down_grads"] + lists["up_grads"]
-    old = [g.double() for g in grads]
+    old = [g.clone() for g in grads]
     penalty = lora_anchor_penalty_(**lists)
     assert penalty.dtype == torch.float32
-    specification = {k: v for k, v in lists.items() if not k.endswith("grads")}
-    _, downs, ups = lora_anchor_penalty_reference(**specification)
-    for new, before, update in zip(grads, old, downs + ups, strict=True):
-        exact = before + update
-        # The float32 sum may fall on the other side of a tie: half an ulp and a little.
-        half_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
-        assert ((new.double() - exact).abs() <= 1.001 * half_ulp + 1e-6).all()
+    _, downs, ups = lora_anchor_penalty_reference(**drop_lora_grads(lists))
+    wanted = [before.double() + update for before, update in zip(old, downs + ups, strict=True)]
+    # The float32 sum may fall on the other side of a tie: half an ulp and a little.
+    check_stored(grads, old, wanted, num_ulps=0.5005)
 
 
 def test_mixed_dtypes_are_taken():
-    lists = make(PAIRS["63"], torch.float32, drift=0.1)
+    lists = make(PAIRS["63"], torch.float32, drift=0.1, zero_grads=True)
     lists["downs"] = [t.bfloat16() for t in lists["downs"]]
     lists["anchor_ups"] = [t.bfloat16() for t in lists["anchor_ups"]]
-    for grad in lists["down_grads"] + lists["up_grads"]:
-        grad.zero_()
     check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
 
 
@@ -265,10 +241,7 @@ def difference_of_grams(**lists):
 )
 def test_a_planted_fault_turns_the_comparison_red(fault):
     def lists():
-        made = make(PAIRS["63"], torch.float32, drift=1e-4)
-        for grad in made["down_grads"] + made["up_grads"]:
-            grad.zero_()
-        return made
+        return make(PAIRS["63"], torch.float32, drift=1e-4, zero_grads=True)
 
     check_against_reference(lora_anchor_penalty_, lists(), tolerance=2e-7)
     with pytest.raises(AssertionError):

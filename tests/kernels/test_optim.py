@@ -4,8 +4,15 @@ import math
 import pytest
 import torch
 
-from fastppt_kernels import AnchoredAdamW, anchor_penalty_, lora_anchor_penalty_, optim
-from fastppt_kernels.testing import ForbidHostReads
+from fastppt_kernels import AnchoredAdamW, lora_anchor_penalty_, optim
+from fastppt_kernels.anchored_adamw import op, plain
+from fastppt_kernels.testing import (
+    ForbidHostReads,
+    draw_tensors,
+    load_mutant,
+    make_arena,
+    worst_error,
+)
 
 STEPS = 20
 LR = 1e-2
@@ -19,16 +26,14 @@ SHAPES = [(3, 7), (5, 3), (1, 63), (4, 1)]
 
 
 def make_params(dtype=torch.float64, zero_ups=False):
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
+    values = draw_tensors(SHAPES)
     if zero_ups:
         values = [v * (i % 2 == 0) for i, v in enumerate(values)]
     return [torch.nn.Parameter(v.to(dtype)) for v in values]
 
 
 def make_targets(seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
+    return draw_tensors(SHAPES, seed=seed)
 
 
 def loss_of(tensors, step):
@@ -106,17 +111,11 @@ def drift_of(params, dtype=torch.float64, **options):
     ]
 
 
-def check_same_drift(given, wanted, tolerance):
-    """Compare how far the parameters moved, not where they are."""
-    for one, other in zip(given, wanted, strict=True):
-        assert (one - other).norm() <= tolerance * other.norm()
-
-
 def check_against_oracle(form, dtype=torch.float64, tolerance=1e-9):
     params, oracle_params = make_params(dtype), make_params()
     seen = train(params, make_optimizer(params, form))
     wanted = oracle(oracle_params, form)
-    check_same_drift(drift_of(params, dtype), drift_of(oracle_params), tolerance)
+    assert worst_error(drift_of(params, dtype), drift_of(oracle_params)) <= tolerance
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(wanted), rtol=tolerance, atol=1e-9)
 
 
@@ -137,7 +136,7 @@ def test_zero_anchor_equals_the_oracle(form):
     assert all("anchor" not in optimizer.state[p] for p in params)
     train(params, optimizer)
     oracle(oracle_params, form, [torch.zeros_like(p) for p in oracle_params])
-    check_same_drift(drift_of(params), drift_of(oracle_params), 1e-9)
+    assert worst_error(drift_of(params), drift_of(oracle_params)) <= 1e-9
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -147,7 +146,7 @@ def test_list_of_anchors_equals_the_oracle(form):
     optimizer = make_optimizer(params, form, anchor=[anchors[0], None, *anchors[2:]])
     train(params, optimizer)
     oracle(oracle_params, form, [anchors[0], torch.zeros_like(anchors[1]), *anchors[2:]])
-    check_same_drift(drift_of(params), drift_of(oracle_params), 1e-9)
+    assert worst_error(drift_of(params), drift_of(oracle_params)) <= 1e-9
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, MAX_NORM])
@@ -165,7 +164,7 @@ def test_without_an_anchor_it_is_clip_grad_norm_and_adamw(max_grad_norm, dtype, 
         adamw.step()
         torch.testing.assert_close(optimizer.grad_norm, norm)
         assert optimizer.penalty == 0
-    check_same_drift(drift_of(params, dtype), drift_of(others, dtype), tolerance)
+    assert worst_error(drift_of(params, dtype), drift_of(others, dtype)) <= tolerance
     assert "anchor" not in optimizer.state[params[0]]
 
 
@@ -179,19 +178,12 @@ def test_the_norm_of_a_long_flat_parameter_keeps_float32_precision():
     torch.testing.assert_close(optimizer.grad_norm.double(), wanted, rtol=1e-6, atol=0)
 
 
-def flatten(params, gap=3):
+def flatten(params):
     """Return one parameter that holds all of ``params`` with gaps between, and its views."""
-    sizes = [p.numel() for p in params]
-    flat = torch.zeros(sum(sizes) + gap * len(sizes), dtype=params[0].dtype)
-    flat = torch.nn.Parameter(flat)
-    views, start = [], 0
-    for param, size in zip(params, sizes, strict=True):
-        view = flat[start : start + size].view(param.shape)
-        with torch.no_grad():
-            view.copy_(param)
-        views.append(view)
-        start += size + gap
-    return flat, views
+    flat, views = make_arena(SHAPES, alignment=16, dtype=params[0].dtype)
+    for param, view in zip(params, views, strict=True):
+        view.copy_(param.detach())
+    return torch.nn.Parameter(flat), views
 
 
 @pytest.mark.parametrize("anchor", ["start", "zero"])
@@ -268,7 +260,7 @@ def test_zero_ups_make_an_effective_anchor_of_zero():
     train(params, make_optimizer(params, "effective"))
     oracle(oracle_params, "effective")
     drifts = [drift_of(ps, zero_ups=True) for ps in (params, oracle_params)]
-    check_same_drift(*drifts, 1e-9)
+    assert worst_error(*drifts) <= 1e-9
 
 
 def test_loading_writes_where_the_state_is_and_shares_nothing():
@@ -300,7 +292,7 @@ def test_state_dict_holds_no_pairs_and_loading_keeps_them():
     train(params, optimizer)
     oracle_params = make_params()
     oracle(oracle_params, "effective")
-    check_same_drift(drift_of(params), drift_of(oracle_params), 1e-9)
+    assert worst_error(drift_of(params), drift_of(oracle_params)) <= 1e-9
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -360,7 +352,7 @@ def test_tensor_options_are_the_float_options():
         params = make_params()
         train(params, make_optimizer(params, lr=kind(LR), anchor_weight=kind(WEIGHT)))
         runs.append(drift_of(params))
-    check_same_drift(*runs, 1e-12)
+    assert worst_error(*runs) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", [float, lambda x: torch.tensor(x, dtype=torch.float64)])
@@ -378,7 +370,7 @@ def test_a_scheduler_moves_the_learning_rate(kind):
         adamw.step()
         for scheduler in schedulers:
             scheduler.step()
-    check_same_drift(drift_of(params), drift_of(others), 1e-12)
+    assert worst_error(drift_of(params), drift_of(others)) <= 1e-12
 
 
 def test_groups_override_options_and_share_the_clip():
@@ -420,7 +412,7 @@ def test_groups_override_options_and_share_the_clip():
         torch.testing.assert_close(optimizer.grad_norm, norm)
         penalty = coupled.detach() + WEIGHT * pull.square().sum()
         torch.testing.assert_close(optimizer.penalty, penalty)
-    check_same_drift(drift_of(params), drift_of(oracle_params), 1e-9)
+    assert worst_error(drift_of(params), drift_of(oracle_params)) <= 1e-9
 
 
 def test_a_list_of_anchors_runs_over_all_groups():
@@ -444,6 +436,19 @@ def test_bfloat16_parameter_is_the_float32_step_rounded_once():
         optimizer.step()
     assert all(torch.equal(p, o.bfloat16()) for p, o in zip(params, others, strict=True))
     assert all(optimizers[0].state[p]["exp_avg"].dtype == torch.float32 for p in params)
+
+
+def test_wide_copies_of_gradients_stay_where_they_are():
+    params = make_params(torch.bfloat16)
+    optimizer = make_optimizer(params, "effective")
+    places = []
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(params, step).backward()
+        batch = optimizer._gather(0, range(len(params)))
+        assert all(torch.equal(g, p.grad) for g, p in zip(batch.grads, params, strict=True))
+        places.append([g.data_ptr() for g in batch.grads])
+    assert places[0] == places[1]
 
 
 def test_a_parameter_without_gradient_stays_and_so_does_its_pair():
@@ -515,6 +520,114 @@ def test_two_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_flag_makes_a_step_a_no_op(form, dtype):
+    runs = []
+    for skipped in (False, True):
+        params = make_params(dtype)
+        optimizer = make_optimizer(params, form)
+        skip = torch.zeros((), dtype=torch.bool)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(params, step).backward()
+            if skipped and step == 2:
+                # A bad step between two good ones.
+                grads = [p.grad.clone() for p in params]
+                params[1].grad[0, 0] = math.nan
+                with ForbidHostReads():
+                    optimizer.step(skip=skip.fill_(True))
+                assert optimizer.grad_norm.isnan()
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+            with ForbidHostReads():
+                optimizer.step(skip=skip.fill_(False))
+        runs.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+    assert all(map(torch.equal, *runs))
+
+
+def test_gradients_that_are_not_finite_do_what_clip_grad_norm_does():
+    for bad in (math.nan, math.inf):
+        params, others = make_params(), make_params()
+        for ps in (params, others):
+            loss_of(ps, 0).backward()
+            ps[2].grad[0, 5] = bad
+        make_optimizer(params, anchor_weight=0.0).step()
+        torch.nn.utils.clip_grad_norm_(others, MAX_NORM)
+        torch.optim.AdamW(others, lr=LR, weight_decay=DECAY).step()
+        for one, other in zip(params, others, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_working_copy_is_the_parameter_rounded(form):
+    params = make_params(torch.float32)
+    copies = [torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False) for p in params]
+    group = {"params": params, "working_copy": copies}
+    if form == "effective":
+        group["lora_pairs"] = pairs_of(params)
+    optimizer = AnchoredAdamW([group], lr=LR, anchor_weight=WEIGHT, form=form)
+    for steps in (0, 3):
+        train(params, optimizer, steps)
+        assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, params, strict=True))
+    saved = optimizer.state_dict()
+    assert "working_copy" not in saved["param_groups"][0]
+    copies[0].zero_()
+    optimizer.load_state_dict(saved)
+    assert torch.equal(copies[0], params[0].bfloat16())
+    assert optimizer.param_groups[0]["working_copy"][0] is copies[0]
+
+
+def test_a_flat_parameter_takes_one_working_copy():
+    flat, _ = flatten(make_params(torch.float32))
+    copy_of_flat = torch.zeros_like(flat, dtype=torch.bfloat16, requires_grad=False)
+    optimizer = AnchoredAdamW([{"params": [flat], "working_copy": copy_of_flat}], lr=LR)
+    flat.grad = torch.ones_like(flat)
+    optimizer.step()
+    assert torch.equal(copy_of_flat, flat.bfloat16())
+
+
+def test_capture_refuses_a_parameter_without_a_gradient(monkeypatch):
+    params = make_params()
+    optimizer = make_optimizer(params)
+    loss_of(params, 0).backward()
+    params[1].grad = None
+    monkeypatch.setattr(optim, "_is_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"param_groups\[0\], params\[1\]: has no gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layout", ["gradient", "parameter", "sliced"])
+def test_strides_do_not_change_a_step(layout):
+    weights = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+    channels_last = weights.to(memory_format=torch.channels_last)
+    param = {
+        "gradient": weights.clone(),
+        "parameter": channels_last,
+        "sliced": torch.cat([weights, weights], dim=1)[:, :6],
+    }[layout]
+    params = [torch.nn.Parameter(weights), torch.nn.Parameter(param)]
+    grads = [weights.sin(), (channels_last if layout == "gradient" else weights).sin()]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+        AnchoredAdamW([param], max_grad_norm=MAX_NORM).step()
+    torch.testing.assert_close(*params, rtol=0, atol=1e-8)
+
+
+def test_accumulated_gradients_are_their_sum():
+    runs = []
+    for num_passes in (1, 4):
+        params = make_params()
+        optimizer = make_optimizer(params)
+        for step in range(3):
+            for _ in range(num_passes):
+                (loss_of(params, step) / num_passes).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        runs.append(drift_of(params))
+    assert worst_error(*runs) <= 1e-12
+
+
 def test_an_optimizer_prints_the_number_of_its_pairs():
     assert "lora_pairs: 2 pairs" in repr(make_optimizer(make_params(), "effective"))
 
@@ -564,6 +677,11 @@ WRONG = {
         lambda p: {"params": [*p, torch.ones(2, dtype=torch.int64)]},
         r"params\[4\]: got dtype torch.int64",
     ),
+    "copies": (lambda p: {"params": p, "working_copy": p[:1]}, "working_copy: got 1 tensors"),
+    "copy shape": (
+        lambda p: {"params": p, "working_copy": [None, p[0].detach(), None, None]},
+        r"working_copy\[1\]: got shape \(3, 7\)",
+    ),
     "strides": (
         lambda p: {"params": [*p, torch.ones(2, 3).T]},
         r"params\[4\]: got strides \(1, 3\)",
@@ -598,70 +716,68 @@ def test_a_weight_given_late_is_refused_where_no_anchor_was_kept():
         optimizer.step()
 
 
-def plant_wrong_sign(monkeypatch):
-    monkeypatch.setattr(optim, "anchor_penalty_", lambda p, a, g, w: -anchor_penalty_(p, a, g, -w))
-    monkeypatch.setattr(
-        optim,
-        "lora_anchor_penalty_",
-        lambda d, u, s, dg, ug, w, **k: -lora_anchor_penalty_(d, u, s, dg, ug, -w, **k),
-    )
+def plant(monkeypatch, folder, faults):
+    """Make the optimizer step as plain.py says with each (right, wrong) of the faults replaced."""
+    mutant = load_mutant(plain.__file__, faults, folder)
+    monkeypatch.setattr(op, "plain_step_", mutant.plain_step_)
 
 
-def plant_factor_two_missing(monkeypatch):
-    monkeypatch.setattr(
-        optim, "anchor_penalty_", lambda p, a, g, w: 2 * anchor_penalty_(p, a, g, w / 2)
-    )
-    monkeypatch.setattr(
-        optim,
-        "lora_anchor_penalty_",
-        lambda d, u, s, dg, ug, w, **k: 2 * lora_anchor_penalty_(d, u, s, dg, ug, w / 2, **k),
-    )
+# Each with the form in which it shows.
+FAULTS = {
+    "sign": ("raw", [("differences, 2 * weight)", "differences, -2 * weight)")]),
+    "factor 2": ("raw", [("differences, 2 * weight)", "differences, weight)")]),
+    "clip by the squared norm": ("raw", [(".sum().sqrt()", ".sum()")]),
+    "clip forgotten": ("effective", [(".clamp(min=1.0)", ".clamp(max=1.0)")]),
+    "anchor not in the clip norm": (
+        "raw",
+        [
+            ("            squares += _squares(grads)\n", ""),
+            (
+                "grads = chunk[0]\n",
+                "grads = chunk[0]\n            squares += _squares(grads)\n",
+            ),
+        ],
+    ),
+    "anchor not read": ("raw", [("_foreach_sub(params, anchors)", "_foreach_mul(params, 1)")]),
+    "decoupled sign": (
+        "decoupled",
+        [("_foreach_sub_(params, pulls)", "_foreach_add_(params, pulls)")],
+    ),
+    "decoupled pull left out": ("decoupled", [("torch._foreach_sub_(params, pulls)", "pass")]),
+    "decay after the decoupled pull": (
+        "decoupled",
+        [('0.0 if batch.form == "decoupled" else batch', "batch")],
+    ),
+    "tails left out": ("raw", [("torch._foreach_copy_(tails, padded)", "pass")]),
+}
 
 
-def plant_anchor_not_in_the_clip_norm(monkeypatch):
-    anchor_, squared_norm = optim._anchor_, optim._squared_norm
-    norms = []
-
-    def norm_before_anchor_(batch):
-        norms.append(squared_norm(batch))
-        return anchor_(batch)
-
-    monkeypatch.setattr(optim, "_anchor_", norm_before_anchor_)
-    monkeypatch.setattr(optim, "_squared_norm", lambda batch: norms.pop())
-
-
-@pytest.mark.parametrize("form", ["raw", "effective"])
-@pytest.mark.parametrize(
-    "plant", [plant_wrong_sign, plant_factor_two_missing, plant_anchor_not_in_the_clip_norm]
-)
+@pytest.mark.parametrize(("form", "faults"), FAULTS.values(), ids=FAULTS.keys())
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_a_planted_fault_turns_the_oracle_test_red(monkeypatch, form, plant, dtype, tolerance):
-    plant(monkeypatch)
+def test_a_planted_fault_turns_the_oracle_test_red(
+    monkeypatch, tmp_path, form, faults, dtype, tolerance
+):
+    plant(monkeypatch, tmp_path, faults)
     with pytest.raises(AssertionError):
         check_against_oracle(form, dtype, tolerance)
 
 
-def plant_pull_of_wrong_sign(monkeypatch):
-    adamw_ = optim.adamw_
+def effective_of(sign, factor):
+    def planted(downs, ups, scales, down_grads, up_grads, weight, **anchors):
+        given = (downs, ups, scales, down_grads, up_grads, sign * factor * weight)
+        return lora_anchor_penalty_(*given, **anchors) / (sign * factor)
 
-    def planted(*lists, anchor_weight, **options):
-        adamw_(*lists, anchor_weight=-anchor_weight, **options)
-
-    monkeypatch.setattr(optim, "adamw_", planted)
-
-
-def plant_pull_left_out(monkeypatch):
-    adamw_ = optim.adamw_
-    monkeypatch.setattr(
-        optim, "adamw_", lambda *lists, **options: adamw_(*lists, **options | {"anchors": None})
-    )
+    return planted
 
 
-@pytest.mark.parametrize("plant", [plant_pull_of_wrong_sign, plant_pull_left_out])
-def test_a_planted_fault_in_the_decoupled_pull_turns_the_oracle_test_red(monkeypatch, plant):
-    plant(monkeypatch)
+@pytest.mark.parametrize("planted", [effective_of(-1, 1), effective_of(1, 0.5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_planted_fault_in_the_effective_form_turns_the_oracle_test_red(
+    monkeypatch, planted, dtype, tolerance
+):
+    monkeypatch.setattr(optim, "lora_anchor_penalty_", planted)
     with pytest.raises(AssertionError):
-        check_against_oracle("decoupled")
+        check_against_oracle("effective", dtype, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,4 @@
-"""The anchor penalty: checks, and the PyTorch path."""
+"""The anchor penalty: checks, the launch of its kernels, and the PyTorch path."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +13,25 @@ from fastppt_kernels.checks import (
     check_weight,
     compute_dtype,
 )
+from fastppt_kernels.chunks import cut_into_chunks
+from fastppt_kernels.launch import (
+    KernelConfiguration,
+    chunk_table,
+    device_of,
+    have_codes,
+    split_weight,
+    use_triton,
+    weight_arguments,
+)
+
+# Elements a program: 12 wide loads in flight for each of its 256 threads.
+CHUNK_SIZE = 4096
+NUM_WARPS = 8
+# Partial sums that the one program of the reduction reads at a time.
+PARTIALS_SIZE = 4096
+# On the CPU: mean elements of a tensor below which a chunk of tensors is copied into one. Measured
+# on SDXL's adapters: copies win at rank 1 (640 to 2048 elements), lose at rank 4.
+SMALL_TENSOR = 2048
 
 
 def anchor_penalty_(
@@ -47,10 +66,13 @@ def anchor_penalty_(
             index); a weight that is neither a float nor such a tensor.
 
     Rounding: differences and sums are taken in float32 (float64 if any tensor given is float64).
-        A float16 or bfloat16 gradient is widened, added to and rounded once.
+        A float16 or bfloat16 gradient is widened, added to and rounded once. Sums are taken in
+        one order: two runs are equal bit by bit.
 
     Memory traffic: 4 reads or writes an element (3 when the anchor is None; 2 and 1 without
-        ``grads``); temporaries stay in the cache on the CPU.
+        ``grads``), which is the floor; a GPU reads 40 bytes of table and writes 4 for each chunk
+        of 4096 elements besides (0.1 %). Temporaries stay in the cache on the CPU. FLOPs: 5 an
+        element, 0.3 a byte: memory is the limit everywhere.
     """
     lists: dict[str, Sequence[Tensor | None]] = {"params": params, "anchors": anchors}
     if grads is not None:
@@ -72,59 +94,136 @@ def apply_anchor_(
     """Do the work of :func:`anchor_penalty_` without its checks."""
     if not params:
         return torch.zeros(())
-    given = [t for tensors in (params, anchors, grads or ()) for t in tensors if t is not None]
-    dtype = compute_dtype(given)
-    # CPU: three float32 tensors and their difference in half a megabyte of cache, and sums short
-    # enough for float32 (one sum over 46 M elements is 0.2 % wrong). Elsewhere: few launches.
-    size = 1 << 15 if params[0].device.type == "cpu" else 1 << 24
-    squares = []
+    if use_triton(params[0]) and all(map(have_codes, (params, anchors, grads or ()))):
+        return launch_anchor_penalty_(params, anchors, grads, weight)
+    values = [t for tensors in (params, anchors) for t in tensors if t is not None]
+    dtypes = {t.dtype for t in values}
+    dtype = compute_dtype([*values, *(grads or ())])
+    casts = dtypes != {dtype}
+    # CPU: the differences of a chunk stay in the cache, and no sum is too long for float32 (one
+    # over 46 M elements is 0.2 % wrong). Elsewhere: few launches.
+    size = 1 << 17 if params[0].device.type == "cpu" else 1 << 24
+    norms: list[Tensor] = []
     with torch.no_grad():
-        for has_anchors in (True, False):
-            chosen = [i for i, anchor in enumerate(anchors) if (anchor is not None) == has_anchors]
-            lists = [params, anchors if has_anchors else None, grads]
-            members = [_pick(tensors, chosen) for tensors in lists if tensors is not None]
-            for chunk in _chunks(members, size):
-                differences = _in_dtype(chunk[0], dtype)
-                if has_anchors:
-                    differences = [*torch._foreach_sub(differences, _in_dtype(chunk[1], dtype))]
-                flat = torch._C._nn.flatten_dense_tensors(differences)
-                squares.append(torch.dot(flat, flat))
+        for has_anchors, members in _batches(params, anchors, grads):
+            for chunk in cut_into_chunks(members, size, size // 4):
+                sides = chunk[: 1 + has_anchors]
+                if casts:
+                    sides = [[t.to(dtype) for t in tensors] for tensors in sides]
+                # Small tensors cost more to visit than to copy: one difference for all of them.
+                if has_anchors and len(chunk[0]) * SMALL_TENSOR > size:
+                    first, second = map(torch._C._nn.flatten_dense_tensors, sides)
+                    # Several tensors flatten into a copy, never into a view of themselves.
+                    flat = first.sub_(second)
+                    norms.append(torch.linalg.vector_norm(flat))
+                    differences = [*torch._C._nn.unflatten_dense_tensors(flat, sides[0])]
+                else:
+                    differences = [*torch._foreach_sub(*sides)] if has_anchors else sides[0]
+                    norms += torch._foreach_norm(differences)
                 if grads is None:
                     continue
                 if isinstance(weight, Tensor):
                     torch._foreach_add_(chunk[-1], torch._foreach_mul(differences, 2 * weight))
                 else:
                     torch._foreach_add_(chunk[-1], differences, alpha=2 * weight)
-        return (weight * torch.stack(squares).sum()).to(dtype)
+        return (weight * torch.stack(norms).square_().sum()).to(dtype)
 
 
-def _pick(tensors: Sequence[Tensor | None], chosen: Sequence[int]) -> list[Tensor]:
-    return [t for i in chosen if (t := tensors[i]) is not None]
+def launch_anchor_penalty_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    grads: Sequence[Tensor] | None,
+    weight: float | Tensor,
+) -> Tensor:
+    """Do the work of :func:`anchor_penalty_` in two launches, whatever the number of tensors."""
+    from fastppt_kernels.anchor_penalty.triton_kernel import anchor_penalty_kernel
+
+    device = params[0].device
+    if not any(map(Tensor.numel, params)):
+        return torch.zeros((), device=device)
+    holes: list[None] = [None] * len(params)
+    table = chunk_table([params, anchors, grads or holes], CHUNK_SIZE)
+    partials = torch.empty(len(table), dtype=torch.float32, device=device)
+    weight_tensor, weight_value = split_weight(weight)
+    with device_of(params[0]):
+        anchor_penalty_kernel[(len(table),)](
+            table,
+            partials,
+            weight_tensor if grads is not None else None,
+            weight_value,
+            HAS_GRADS=grads is not None,
+            BLOCK_SIZE=CHUNK_SIZE,
+            num_warps=NUM_WARPS,
+        )
+    return launch_weighted_sum(partials, weight)
 
 
-def _in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+def launch_weighted_sum(partials: Tensor, weight: float | Tensor) -> Tensor:
+    """Return weight * the sum of ``partials`` (float32, contiguous), always in one order."""
+    from fastppt_kernels.anchor_penalty.triton_kernel import weighted_sum_kernel
+
+    total = torch.empty((), dtype=torch.float32, device=partials.device)
+    weight_tensor, weight_value = split_weight(weight)
+    with device_of(partials):
+        weighted_sum_kernel[(1,)](
+            partials,
+            total,
+            weight_tensor,
+            weight_value,
+            partials.numel(),
+            BLOCK_SIZE=PARTIALS_SIZE,
+            num_warps=NUM_WARPS,
+        )
+    return total
 
 
-def _chunks(members: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
-    """Cut lists of equal length and shapes alike, into chunks of about ``size`` elements a list.
+def kernel_configurations() -> list[KernelConfiguration]:
+    """Return every way in which the two launches compile."""
+    from fastppt_kernels.anchor_penalty.triton_kernel import (
+        anchor_penalty_kernel,
+        weighted_sum_kernel,
+    )
 
-    A tensor longer than that comes in flat pieces.
-    """
-    start = filled = 0
-    num_tensors = len(members[0])
-    for index, num_elements in enumerate([tensor.numel() for tensor in members[0]]):
-        if num_elements > size:
-            if start < index:
-                yield [tensors[start:index] for tensors in members]
-            flat = (torch.split(tensors[index].view(-1), size) for tensors in members)
-            for pieces in zip(*flat, strict=True):
-                yield [[piece] for piece in pieces]
-            start, filled = index + 1, 0
-            continue
-        filled += num_elements
-        if filled >= size:
-            yield [tensors[start : index + 1] for tensors in members]
-            start, filled = index + 1, 0
-    if start < num_tensors:
-        yield [tensors[start:] for tensors in members]
+    configurations = []
+    for has_grads, weight_type in ((True, "fp32"), (True, "*fp32"), (False, "fp32")):
+        pointer, signature = weight_arguments(weight_type)
+        configurations.append(
+            KernelConfiguration(
+                "anchor_penalty",
+                anchor_penalty_kernel,
+                {"table_ptr": "*i64", "partial_ptr": "*fp32"}
+                | signature
+                | {"HAS_GRADS": "constexpr", "BLOCK_SIZE": "constexpr"},
+                pointer | {"HAS_GRADS": has_grads, "BLOCK_SIZE": CHUNK_SIZE},
+                NUM_WARPS,
+            )
+        )
+    for weight_type in ("fp32", "*fp32"):
+        pointer, signature = weight_arguments(weight_type)
+        configurations.append(
+            KernelConfiguration(
+                "weighted_sum",
+                weighted_sum_kernel,
+                {"partial_ptr": "*fp32", "sum_ptr": "*fp32"}
+                | signature
+                | {"num_partials": "i32", "BLOCK_SIZE": "constexpr"},
+                pointer | {"BLOCK_SIZE": PARTIALS_SIZE},
+                NUM_WARPS,
+            )
+        )
+    return configurations
+
+
+def _batches(
+    params: Sequence[Tensor], anchors: Sequence[Tensor | None], grads: Sequence[Tensor] | None
+) -> Iterator[tuple[bool, list[list[Tensor]]]]:
+    """Yield whether there are anchors, and params, anchors if so, and grads, without holes."""
+    present = [t for t in anchors if t is not None]
+    if len(present) == len(params):
+        yield True, [[*params], present, *([] if grads is None else [[*grads]])]
+        return
+    for has_anchors in (True, False):
+        chosen = [i for i, anchor in enumerate(anchors) if (anchor is not None) == has_anchors]
+        lists = [params, *([] if grads is None else [grads])]
+        picked = [[tensors[i] for i in chosen] for tensors in lists]
+        yield has_anchors, [picked[0], *([present] if has_anchors else []), *picked[1:]]

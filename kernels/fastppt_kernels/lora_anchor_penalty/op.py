@@ -1,4 +1,4 @@
-"""The LoRA anchor penalty: checks, and the PyTorch path.
+"""The LoRA anchor penalty: checks, the choice of the path, and the PyTorch path.
 
 Shape suffixes: n pairs of one shape, r rank, i in, o out.
 """
@@ -18,6 +18,10 @@ from fastppt_kernels.checks import (
     check_weight,
     compute_dtype,
 )
+from fastppt_kernels.launch import have_codes, use_triton
+from fastppt_kernels.lora_anchor_penalty.launch import kernel_configurations, launch_lora_anchor_
+
+__all__ = ["apply_lora_anchor_", "kernel_configurations", "lora_anchor_penalty_"]
 
 
 def lora_anchor_penalty_(
@@ -69,13 +73,18 @@ def lora_anchor_penalty_(
             one of ``down_grads`` and ``up_grads``, or only one anchor of a pair; a weight that is
             neither a float nor such a tensor.
 
-    Rounding: products and sums are taken in float64, which no tf32 or autocast setting reaches,
-        so that the result does not depend on them and no global state is read or changed. The
-        gradient is rounded to float32 (kept in float64 if any tensor given is float64) and added;
-        a float16 or bfloat16 gradient is widened, added to and rounded once.
+    Rounding: on the CPU, and where a tensor is float64, products and sums are taken in float64,
+        which no tf32 or autocast setting reaches, so that the result does not depend on them and
+        no global state is read or changed. The kernels take them in float32, without tf32, 512
+        columns at a time: within 5e-7 of the update (norms), at any drift. The gradient is
+        rounded to float32 (kept in float64 if any tensor given is float64) and added; a float16
+        or bfloat16 gradient is widened, added to and rounded once. Two runs are equal bit by bit.
 
-    Memory traffic: 4 reads or writes an element of A and B (3 without an anchor; 2 and 1 without
-        grads), and float64 copies of some pairs at a time.
+    Memory traffic: 4 reads or writes an element of A and B, 6 with an anchor (1 and 2 without
+        grads): one pass for the Grams, which must be there before a product is added, and one for
+        the gradients. The floor, factors kept in the cache between the passes, is 3 and 4. FLOPs:
+        4 rank an element, 10 rank with an anchor. Scratch: see ``launch_lora_anchor_``; on the
+        CPU float64 copies of some pairs at a time.
     """
     no_anchors: list[None] = [None] * len(downs)
     anchor_downs = no_anchors if anchor_downs is None else anchor_downs
@@ -136,6 +145,10 @@ def apply_lora_anchor_(
     if not downs:
         return torch.zeros(())
     lists = (downs, ups, anchor_downs, anchor_ups, down_grads or (), up_grads or ())
+    if use_triton(downs[0]) and all(map(have_codes, lists)):
+        return launch_lora_anchor_(
+            downs, ups, scales, down_grads, up_grads, weight, anchor_downs, anchor_ups
+        )
     dtype = compute_dtype(t for tensors in lists for t in tensors if t is not None)
     squares = []
     with torch.no_grad():

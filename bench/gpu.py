@@ -1,0 +1,319 @@
+"""The one command for a machine with a GPU: ``python -m bench.gpu --out bench/results``.
+
+The gpu-marked tests first; a red one stops the report. Then the anchor and the optimizer against
+what a trainer would write, on the GPU, until the time is up; what no longer fits is listed as not
+measured. One JSON is left, written anew after every workload.
+"""
+
+import argparse
+import gc
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import ROOT
+from bench.machine import copy_bandwidth, describe_machine
+from bench.rows import (
+    WARM_UP_CALLS,
+    Row,
+    describe_target,
+    find_ratio,
+    find_row,
+    print_rows,
+    print_targets,
+    time_workload,
+    write_report,
+)
+from bench.suites import (
+    ANCHOR,
+    COMPILE,
+    LORA_ANCHOR,
+    LORA_ANCHOR_ANCHORED,
+    OPTIMIZER,
+    OPTIMIZER_EFFECTIVE,
+    SCALING,
+    Suite,
+    list_workload,
+)
+from bench.ways import Way
+
+TOTAL_SECONDS = 510.0
+# Of these, at most, for the tests.
+TEST_SECONDS = 270.0
+# The timed rounds of one mode of one workload.
+SECONDS = 2.0
+# Less than this is left for no workload.
+LEAST_SECONDS = 10.0
+LEAST_COMPILE_SECONDS = 60.0
+
+# What tests/conftest.py imports beside torch. Without them only the kernels can be tested.
+TRAINER_NEEDS = ("diffusers", "transformers", "pydantic", "tomli_w", "PIL", "safetensors")
+
+MAIN_WORKLOAD = "SDXL, rank 32"
+ADAPTERS = ("SDXL, rank 4", "SDXL, rank 128", "SD3-M, rank 32", "SD1.5, rank 32")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite on a workload. ``compiled``: torch.compile and ours, nothing else."""
+
+    suite: Suite
+    workload: str
+    compiled: bool = False
+
+    def names(self, mode: str) -> list[str]:
+        """Return the ways of a mode: the autograd loop is not captured."""
+        names = self.suite.ways(compiled=self.compiled)
+        if self.compiled:
+            names = [n for n in names if self.suite.is_ours(n) or n.startswith(COMPILE)]
+        if mode == "captured":
+            names = [n for n in names if not n.startswith("autograd loop")]
+        return names
+
+    def __str__(self) -> str:
+        kind = ", torch.compile" if self.compiled else ""
+        return f"{self.suite.name} ({self.suite.form}), {self.workload}{kind}"
+
+
+# The most wanted first, for the time may be up before the last.
+PLANS = (
+    Plan(OPTIMIZER, MAIN_WORKLOAD),
+    Plan(OPTIMIZER_EFFECTIVE, MAIN_WORKLOAD),
+    Plan(ANCHOR, MAIN_WORKLOAD),
+    Plan(LORA_ANCHOR, MAIN_WORKLOAD),
+    Plan(LORA_ANCHOR_ANCHORED, MAIN_WORKLOAD),
+    Plan(OPTIMIZER, "SD1.5 full"),
+    *(Plan(OPTIMIZER, workload) for workload in ADAPTERS),
+    Plan(OPTIMIZER, "SD1.5, rank 32", compiled=True),
+    Plan(ANCHOR, "SD1.5 full"),
+    *(Plan(suite, name) for name in ADAPTERS for suite in (ANCHOR, LORA_ANCHOR)),
+    *(Plan(suite, name) for suite in (ANCHOR, OPTIMIZER) for name in SCALING),
+    *(Plan(OPTIMIZER_EFFECTIVE, name) for name in ADAPTERS),
+    Plan(ANCHOR, MAIN_WORKLOAD, compiled=True),
+    Plan(LORA_ANCHOR, MAIN_WORKLOAD, compiled=True),
+    Plan(OPTIMIZER, MAIN_WORKLOAD, compiled=True),
+)
+
+
+class OutOfTimeError(Exception):
+    """The time for one workload is up."""
+
+
+# What a slower or smaller GPU may meet, and what is no fault.
+TOO_LARGE = (OutOfTimeError, torch.OutOfMemoryError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it all; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "bench.gpu: torch sees no GPU here, so there is nothing to measure; "
+            "run it on a machine with one, or `make bench` for the CPU",
+            file=sys.stderr,
+        )
+        return 2
+    end = time.monotonic() + options.seconds
+    tests = run_gpu_tests(min(TEST_SECONDS, options.seconds / 2))
+    print(f"gpu tests ({tests['folder']}): {tests['passed']} passed, {tests['failed']} failed")
+    if tests["stop"]:
+        print(f"{tests['output']}\nbench.gpu: {tests['stop']}: nothing is measured")
+        return 1
+    machine = describe_machine("cuda")
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
+    path = options.out / f"gpu-{name}-{machine['date']}.json"
+    report = {
+        "machine": machine,
+        "copy gb/s": copy_bandwidth("cuda"),
+        "tests": {key: tests[key] for key in ("folder", "passed", "failed", "skipped", "seconds")},
+    }
+    report = measure(PLANS, report, path, end)
+    print_targets(report["targets"])
+    for row in [*report["refused"], *report["not measured"]]:
+        print(f"  {row}")
+    print(f"written: {path}")
+    return 1 if report["refused"] or any(r["failed"] for r in report["not measured"]) else 0
+
+
+def run_gpu_tests(seconds: float) -> Row:
+    """Run the gpu-marked tests; ``stop`` says why nothing should be measured, or is None."""
+    whole = all(importlib.util.find_spec(name) for name in TRAINER_NEEDS)
+    folder = "tests" if whole else "tests/kernels"
+    # Without the trainer's packages the conftest.py above the folder cannot be imported.
+    cut = [] if whole else [f"--confcutdir={folder}"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        counts_file = Path(scratch) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={counts_file}", *cut, folder]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                timeout=seconds,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as expired:
+            shown = expired.stdout or b""
+            code, output = None, shown if isinstance(shown, str) else shown.decode()
+        counts = count_tests(counts_file)
+    if code is None:
+        stop = f"the gpu tests took more than {seconds:.0f} s"
+    elif code not in (0, 5) or counts["failed"]:
+        stop = f"the gpu tests are red (pytest's exit code is {code})"
+    else:
+        stop = (
+            None if counts["passed"] else "no gpu test passed, so none says that the ops are right"
+        )
+    seconds_taken = time.monotonic() - start
+    return counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
+
+
+def count_tests(path: Path) -> dict[str, int]:
+    """Return how many tests of a JUnit file passed, failed and were skipped."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    if not path.is_file():
+        return counts
+    for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped = int(suite.get("skipped", 0))
+        counts["failed"] += failed
+        counts["skipped"] += skipped
+        counts["passed"] += int(suite.get("tests", 0)) - failed - skipped
+    return counts
+
+
+def measure(
+    plans: Sequence[Plan],
+    report: Row,
+    path: Path,
+    end: float,
+    *,
+    device: str = "cuda",
+    modes: Sequence[str] = ("captured", "eager"),
+) -> Row:
+    """Work through the plans until ``end``, of time.monotonic(); return the report, as written."""
+    rows: list[Row] = []
+    refused: list[Row] = []
+    not_measured = [
+        {"plan": str(plan), "mode": mode, "why": "the time was up", "failed": False}
+        for plan in plans
+        for mode in modes
+    ]
+    for plan in plans:
+        least = LEAST_COMPILE_SECONDS if plan.compiled else LEAST_SECONDS
+        for mode in modes:
+            left = end - time.monotonic()
+            entry = next(e for e in not_measured if (e["plan"], e["mode"]) == (str(plan), mode))
+            if left >= least:
+                print(f"{plan}, {mode}")
+                try:
+                    with at_most(left):
+                        free_memory(device)
+                        timed, refusals = time_workload(
+                            plan.suite,
+                            list_workload(plan.workload),
+                            names=plan.names(mode),
+                            copy_gb_per_s=report["copy gb/s"],
+                            seconds=SECONDS,
+                            device=device,
+                            mode=mode,
+                            capture=capture if mode == "captured" else None,
+                        )
+                # Whatever one workload dies of, the others are still worth their time, and the
+                # report names it.
+                except Exception as error:
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    entry |= {"why": why, "failed": not isinstance(error, TOO_LARGE)}
+                    print(f"  not measured: {why}")
+                else:
+                    print_rows(timed)
+                    rows += timed
+                    refused += refusals
+                    not_measured.remove(entry)
+            report |= {"targets": list_targets(rows), "rows": rows, "refused": refused}
+            report |= {"not measured": not_measured}
+            write_report(path, report)
+    return report
+
+
+def free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def capture(way: Way) -> Way:
+    """Return a way that replays a CUDA graph of one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            way.call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = way.call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return Way(replay, way.rewind)
+
+
+def list_targets(rows: Sequence[Row]) -> list[Row]:
+    """Return what is asked of the fused anchor + clip + AdamW, beside what was measured."""
+    labels = {"workload": MAIN_WORKLOAD, "mode": "captured", "form": "raw", "suite": "optimizer"}
+    targets = []
+    for kind, suffix in (("in one arena", ", arena"), ("as 1120 tensors", "")):
+        what = f"fused anchor+clip+AdamW, {MAIN_WORKLOAD}, {kind}"
+        ours = "AnchoredAdamW" + suffix
+        row = find_row(rows, way=ours, **labels)
+        share = None if row is None else row["share of copy"]
+        # The strongest form that a trainer would have: fused, and of its own kind of tensors.
+        baseline = "foreach + AdamW(fused)" + suffix
+        ratio = find_ratio(rows, ours, baseline, **labels)
+        targets.append(describe_target(f"{what}: share of the copy bandwidth", 0.8, share))
+        targets.append(describe_target(f"{what}: times faster than {baseline}", 1.3, ratio))
+    return targets
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise OutOfTimeError in the block once the seconds are over: a compile asks nobody."""
+
+    def stop(signal_number: int, frame: object) -> None:
+        raise OutOfTimeError("the time was up")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

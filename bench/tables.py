@@ -1,0 +1,127 @@
+"""Writes the README's tables anew from bench/results: ``python -m bench.tables``."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import ROOT
+from bench.gpu import MAIN_WORKLOAD, list_targets
+from bench.rows import Row, find_row
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+NOT_MEASURED = "not measured"
+CPU_WAYS = {
+    "anchor_penalty_": "`anchor_penalty_`",
+    "foreach": "`torch._foreach` by hand",
+    "autograd loop": "autograd loop",
+}
+CPU_WORKLOADS = ("SDXL, rank 1", "SDXL, rank 4", "SDXL, rank 32")
+GPU_WAYS = {
+    "AnchoredAdamW, arena": "`AnchoredAdamW`, one arena",
+    "AnchoredAdamW": "`AnchoredAdamW`, 1120 tensors",
+    "foreach + AdamW(fused), arena": "`foreach` anchor, clip, `AdamW(fused=True)`, one arena",
+    "foreach + AdamW(fused)": "`foreach` anchor, clip, `AdamW(fused=True)`, 1120 tensors",
+    "foreach + AdamW(foreach)": "`foreach` anchor, clip, `AdamW(foreach=True)`, 1120 tensors",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text()
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise SystemExit(f"{options.readme}: want one line {START} and, below it, one {END}")
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    tables = write_tables(options.results)
+    options.readme.write_text(f"{before}{START}\n{tables}\n{END}{after}")
+
+
+def write_tables(results: Path) -> str:
+    """Return the tables as Markdown: the latest CPU result, and the latest of each GPU."""
+    parts = [_cpu_table(_latest(results.glob("cpu-anchor-*.json")))]
+    by_gpu: dict[str, list[Path]] = {}
+    for path in results.glob("gpu-*.json"):
+        # gpu-<name>-<year>-<month>-<day>
+        by_gpu.setdefault(path.stem.rsplit("-", 3)[0], []).append(path)
+    reports = [_latest(paths) for _, paths in sorted(by_gpu.items())]
+    parts += [_gpu_table(report) for report in reports or [None]]
+    return "\n\n".join(parts)
+
+
+def _latest(paths) -> Row | None:
+    """Return the report of the last date: names end in it, and ISO dates sort."""
+    ordered = sorted(paths, key=lambda path: path.stem)
+    return json.loads(ordered[-1].read_text()) if ordered else None
+
+
+def _cpu_table(report: Row | None) -> str:
+    rows = report["rows"] if report else []
+    lines = [
+        f"**The anchor alone over SDXL's 1120 adapter tensors, on the CPU** ({_machine(report)}):",
+        "",
+        "| ms, median | " + " | ".join(name.partition(", ")[2] for name in CPU_WORKLOADS) + " |",
+        "|---|" + "---|" * len(CPU_WORKLOADS),
+    ]
+    for way, title in CPU_WAYS.items():
+        found = [find_row(rows, suite="anchor", workload=name, way=way) for name in CPU_WORKLOADS]
+        lines.append(f"| {title} | " + " | ".join(map(_cpu_cell, found)) + " |")
+    return "\n".join(lines)
+
+
+def _cpu_cell(row: Row | None) -> str:
+    if row is None:
+        return NOT_MEASURED
+    ours = row["way"] == "anchor_penalty_"
+    return f"{row['p50 ms']:.1f}" + ("" if ours else f" ({row['times ours']:.1f}x)")
+
+
+def _gpu_table(report: Row | None) -> str:
+    rows = report["rows"] if report else []
+    lines = [
+        f"**Anchor, clip and AdamW over {MAIN_WORKLOAD}, captured in a CUDA graph** "
+        f"({_machine(report)}):",
+        "",
+    ]
+    if rows:
+        lines += ["| | ms, median | of the copy bandwidth | extra memory |", "|---|---|---|---|"]
+        lines += [_gpu_line(rows, way, title) for way, title in GPU_WAYS.items()]
+        lines.append("")
+    lines += ["| target | wanted | measured |", "|---|---|---|"]
+    for target in list_targets(rows):
+        measured = target["measured"]
+        text = NOT_MEASURED if measured is None else f"{measured:.2f}"
+        lines.append(f"| {target['what']} | {target['target']} | {text} |")
+    return "\n".join(lines)
+
+
+def _gpu_line(rows: Sequence[Row], way: str, title: str) -> str:
+    labels = {"suite": "optimizer", "form": "raw", "workload": MAIN_WORKLOAD, "way": way}
+    row = find_row(rows, mode="captured", **labels)
+    # The memory of an eager call: a captured one allocated its own at the capture.
+    eager = find_row(rows, mode="eager", **labels)
+    cells = [NOT_MEASURED] * 3
+    if row is not None:
+        cells[:2] = f"{row['p50 ms']:.3f}", f"{row['share of copy']:.0%}"
+    if eager is not None and eager["extra bytes"] is not None:
+        cells[2] = f"{eager['extra bytes'] / 1e6:.0f} MB"
+    return f"| {title} | " + " | ".join(cells) + " |"
+
+
+def _machine(report: Row | None) -> str:
+    if report is None:
+        return "not measured yet"
+    machine = report["machine"]
+    if machine["gpu"] is None:
+        threads = f"{machine['threads']} thread" + ("" if machine["threads"] == 1 else "s")
+        where = f"{machine['cpu']}, {threads}"
+    else:
+        where = f"{machine['gpu']}, driver {machine['driver']}, triton {machine['triton']}"
+    return f"{where}, torch {machine['torch']}, {machine['date']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What a group of :class:`AnchoredAdamW` may be given, and what it keeps of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from fastppt_kernels.lora_pairs import Pair, Pairs, Place, locate_pairs
+
+FORMS = ("raw", "effective", "decoupled")
+ANCHORS = ("start", "zero")
+
+
+def is_off(weight: float | Tensor) -> bool:
+    """Say whether the weight is the float 0; a tensor may change, so it is never off."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
+def share_out(params: ParamsT, anchor: Sequence[Tensor | None]) -> list[dict[str, Any]]:
+    """Return the groups, each with its part of the list of anchors."""
+    entries: list[Any] = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    groups = [dict(group) for group in groups]
+    start = 0
+    for group in groups:
+        given = group["params"]
+        group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        end = start + len(group["params"])
+        group.setdefault("anchor", list(anchor[start:end]))
+        start = end
+    if start != len(anchor):
+        raise ValueError(
+            f"anchor: got {len(anchor)} entries, want {start}, one for each parameter of all groups"
+        )
+    return groups
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for an option out of its range."""
+    for name in ("lr", "eps", "weight_decay", "anchor_weight"):
+        value = group[name]
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"{name}: got {value}, want a number >= 0")
+        if isinstance(value, Tensor) and (name in ("eps", "weight_decay") or value.dim() != 0):
+            wanted = "a float" if name in ("eps", "weight_decay") else "a float or a 0-dim tensor"
+            raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, want {wanted}")
+    for index, beta in enumerate(group["betas"]):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{index}]: got {beta}, want a number in [0, 1)")
+    if group["form"] not in FORMS:
+        raise ValueError(f'form: got "{group["form"]}", want one of {", ".join(FORMS)}')
+    params = group["params"]
+    for index, param in enumerate(params):
+        if not param.dtype.is_floating_point:
+            raise ValueError(f"params[{index}]: got dtype {param.dtype}, want a floating-point one")
+        if param.device != params[0].device:
+            raise ValueError(
+                f"params[{index}]: is on {param.device}, params[0] on {params[0].device}; "
+                "put each device's parameters in a group of their own"
+            )
+        if not param.is_contiguous() and not is_off(group["anchor_weight"]):
+            raise ValueError(
+                f"params[{index}]: got strides {param.stride()} for shape {tuple(param.shape)}, "
+                f"want a contiguous parameter where anchor_weight is not 0"
+            )
+
+
+def resolve_pairs(group: dict[str, Any], pairs: Any) -> Pairs | None:
+    """Return the places of the group's LoRA pairs, None for a form without pairs."""
+    if group["form"] == "effective":
+        if pairs is None:
+            raise ValueError(
+                'form "effective": the group has no lora_pairs; '
+                "pass lora_pairs=[(down, up, scale), ...] in the group"
+            )
+        return locate_pairs(group["params"], pairs)
+    if pairs is not None:
+        raise ValueError(
+            f'lora_pairs: the group\'s form is "{group["form"]}"; want "effective", or no pairs'
+        )
+    return None
+
+
+def resolve_copies(
+    params: Sequence[Tensor], copies: Tensor | Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return one working copy, or None, for each parameter."""
+    given: list[Tensor | None] = [copies] if isinstance(copies, Tensor) else [*copies]
+    if len(given) != len(params):
+        raise ValueError(
+            f"working_copy: got {len(given)} tensors, want {len(params)}, one for each parameter"
+        )
+    for index, (param, copy) in enumerate(zip(params, given, strict=True)):
+        if copy is None:
+            continue
+        wanted = (param.shape, param.stride(), param.device)
+        if (
+            (copy.shape, copy.stride(), copy.device) != wanted
+            or not copy.dtype.is_floating_point
+            or copy.requires_grad
+        ):
+            raise ValueError(
+                f"working_copy[{index}]: got shape {tuple(copy.shape)}, strides {copy.stride()}, "
+                f"{copy.dtype}, {copy.device}, requires_grad={copy.requires_grad}; want "
+                f"{tuple(param.shape)}, {param.stride()}, a floating-point dtype, {param.device} "
+                f"and no gradient, as params[{index}]"
+            )
+    return given
+
+
+def resolve_anchor(
+    group: dict[str, Any], anchor: str | Sequence[Tensor | None]
+) -> tuple[str, list[Tensor | None]]:
+    """Return the kind of anchor that the state_dict names, and the group's anchors, as copies.
+
+    The kinds: "start" and "list" keep tensors, "zero" does not, and "none" means that the weight
+    was 0, so that nothing was kept.
+    """
+    params = group["params"]
+    nothing: list[Tensor | None] = [None] * len(params)
+    if isinstance(anchor, str) and anchor not in ANCHORS:
+        raise ValueError(f'anchor: got "{anchor}", want one of {", ".join(ANCHORS)}, or a list')
+    if not isinstance(anchor, str):
+        _check_anchors(params, anchor)
+    if is_off(group["anchor_weight"]):
+        return "none", nothing
+    if anchor == "zero":
+        return "zero", nothing
+    values = params if isinstance(anchor, str) else anchor
+    kept = [
+        None if value is None else value.detach().to(param.device, copy=True).contiguous()
+        for value, param in zip(values, params, strict=True)
+    ]
+    if group["form"] == "effective" and _are_products_zero(group["lora_pairs"], kept):
+        return "zero", nothing
+    return ("start" if isinstance(anchor, str) else "list"), kept
+
+
+def _check_anchors(params: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> None:
+    if len(anchors) != len(params):
+        raise ValueError(
+            f"anchor: got {len(anchors)} entries, want {len(params)}, one for each parameter"
+        )
+    for index, (param, value) in enumerate(zip(params, anchors, strict=True)):
+        if value is not None and (value.shape != param.shape or not value.dtype.is_floating_point):
+            raise ValueError(
+                f"anchor[{index}]: got shape {tuple(value.shape)} and dtype {value.dtype}, want "
+                f"{tuple(param.shape)} and a floating-point dtype, as params[{index}]"
+            )
+
+
+def _are_products_zero(pairs: Sequence[Pair], anchors: Sequence[Tensor | None]) -> bool:
+    """Say whether all ups, or all downs, are zero, so that B0 A0 is. Reads on the host."""
+    given = {index: anchor for index, anchor in enumerate(anchors) if anchor is not None}
+
+    def is_zero(place: Place) -> bool:
+        return place.param not in given or not bool(place.of(given).any())
+
+    return all(is_zero(pair.up) for pair in pairs) or all(is_zero(pair.down) for pair in pairs)
