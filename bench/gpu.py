@@ -121,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it")
     options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        print("bench.gpu: unset TRITON_INTERPRET, which runs no kernel on a GPU", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print(
             "bench.gpu: torch sees no GPU here, so there is nothing to measure; "
@@ -307,7 +310,8 @@ def at_most(seconds: float) -> Iterator[None]:
         raise OutOfTimeError("the time was up")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again each second: an exception that is raised inside a destructor goes no further.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

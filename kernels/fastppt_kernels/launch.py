@@ -221,8 +221,8 @@ def cached_table(key: Hashable, build: Callable[[], Tensor], device: torch.devic
         with _lock:
             _keep(key, _tables.get(key) or _Table(build()))
             return _tables[key].rows
-    capturing = torch.cuda.is_current_stream_capturing()
     with _lock, torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
         table = _captured.get(key) or _tables.get(key)
         stream = torch.cuda.current_stream(device)
         if table is None:

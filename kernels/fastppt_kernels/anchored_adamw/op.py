@@ -36,6 +36,7 @@ class Launcher:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._widened: dict[tuple[int, int], Tensor] = {}
+        self._aligned: dict[tuple[int, int], Tensor] = {}
 
     def widen(self, number: int, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the gradient contiguous and in ``dtype``: itself, or a copy in a kept buffer.
@@ -56,6 +57,27 @@ class Launcher:
         ):
             kept = torch.empty(grad.shape, dtype=dtype, device=grad.device)
             self._widened[number, index] = kept
+        return kept.copy_(grad)
+
+    def align(self, number: int, index: int, grad: Tensor, param: Tensor) -> Tensor:
+        """Return the gradient walked as its parameter is: itself, or a copy in a kept buffer.
+
+        Args:
+            number: Of the batch; with ``index``, what the buffer is known by.
+            index: Of the parameter in the batch.
+            grad: Not written.
+            param: Gives the strides.
+        """
+        if grad.stride() == param.stride():
+            return grad
+        kept = self._aligned.get((number, index))
+        if kept is None or (kept.stride(), kept.dtype, kept.device) != (
+            param.stride(),
+            grad.dtype,
+            param.device,
+        ):
+            kept = torch.empty_like(param, dtype=grad.dtype)
+            self._aligned[number, index] = kept
         return kept.copy_(grad)
 
     def place(self, number: int, name: str, value: float | Tensor, device: torch.device) -> Tensor:
@@ -162,7 +184,7 @@ def _launch_(
 
     first = batches[0].params[0]
     device = first.device
-    batches = [_align_gradients(batch) for batch in batches]
+    batches = [_align_gradients(number, batch, launcher) for number, batch in enumerate(batches)]
     tables = [_table_of(batch) for batch in batches]
     num_chunks = sum(len(table) for table in tables)
     num_params = sum(len(batch.params) for batch in batches)
@@ -234,7 +256,7 @@ def _launch_(
     return result[0], result[1]
 
 
-def _align_gradients(batch: Batch) -> Batch:
+def _align_gradients(number: int, batch: Batch, launcher: Launcher) -> Batch:
     """Return the batch with gradients that are walked as their parameters are, copied if need be.
 
     The caller keeps it until the launches: a table holds addresses alone.
@@ -242,8 +264,8 @@ def _align_gradients(batch: Batch) -> Batch:
     if _walk_alike(batch.grads, batch.params):
         return batch
     grads = [
-        g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
-        for p, g in zip(batch.params, batch.grads, strict=True)
+        launcher.align(number, index, grad, param)
+        for index, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True))
     ]
     return replace(batch, grads=grads)
 
