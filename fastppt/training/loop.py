@@ -97,7 +97,8 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
         overwrite: Delete the run that the output folder holds.
 
     Raises:
-        UserError: anything that the user can mend. It is raised before the output is touched.
+        UserError: anything that the user can mend. Wrong input is refused before the output is
+            touched; a disk that fills up later is reported with the file that did not fit.
     """
     check_complete(config)
     folder = check_output(config, overwrite)
