@@ -41,23 +41,29 @@ def check_shapes(wanted_name: str, wanted: Sequence[Tensor], lists: NamedLists) 
                 )
 
 
-def check_tensors(lists: NamedLists, holes: Sequence[str] = ()) -> None:
-    """Raise ValueError unless all are contiguous floating-point tensors on one device.
+def check_tensors(lists: NamedLists, holes: Sequence[str] = ()) -> set[torch.dtype]:
+    """Return the dtypes, or raise unless all are contiguous floating-point tensors on one device.
 
     Args:
         lists: The lists by name; an error names the list and the index.
         holes: Names of the lists in which None is allowed.
+
+    Raises:
+        ValueError: None outside ``holes``, or a tensor that is not as asked for.
     """
     given = {name: [t for t in tensors if t is not None] for name, tensors in lists.items()}
     every = [t for tensors in given.values() for t in tensors]
-    # Sets and maps see thousands of tensors cheaply; lists are walked for an index on a fault only.
+    # Thousands of tensors come here every step, so nothing takes a Python frame a tensor. Lists
+    # are walked for an index on a fault only.
+    kinds = {kind for tensors in given.values() for kind in _devices_and_dtypes(tensors)}
+    dtypes = {dtype for _, dtype in kinds}
     if (
         all(len(given[name]) == len(lists[name]) for name in lists if name not in holes)
-        and all(dtype.is_floating_point for dtype in {t.dtype for t in every})
-        and len({t.device for t in every}) <= 1
+        and all(dtype.is_floating_point for dtype in dtypes)
+        and len({device for device, _ in kinds}) <= 1
         and all(map(Tensor.is_contiguous, every))
     ):
-        return
+        return dtypes
     device = every[0].device if every else None
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
@@ -74,6 +80,11 @@ def check_tensors(lists: NamedLists, holes: Sequence[str] = ()) -> None:
                     f"{where}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, "
                     "want a contiguous tensor; pass .contiguous() storage"
                 )
+    raise AssertionError("a fault was seen and not found")
+
+
+def _devices_and_dtypes(tensors: list[Tensor]) -> Iterable[tuple[torch.device, torch.dtype]]:
+    return torch._C._group_tensors_by_device_and_dtype([tensors], False) if tensors else ()
 
 
 def check_distinct(name: str, tensors: Sequence[Tensor] | None) -> None:

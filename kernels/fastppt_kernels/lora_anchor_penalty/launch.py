@@ -49,8 +49,8 @@ def launch_lora_anchor_(
     variant that occurs (pairs of rank up to 16, up to 32 and beyond, with and without an anchor),
     and one that sums the penalty. Most lists have one variant.
 
-    Memory: one rank x rank float32 matrix for each 512 columns of a factor; with an anchor three,
-    and two more for each factor.
+    Memory: one rank x rank float32 matrix for each chunk of a Gram, that is for each 512 columns
+    of a factor; with an anchor a factor has three Grams.
     """
     from fastppt_kernels.lora_anchor_penalty.triton_kernel import (
         lora_apply_kernel,

@@ -146,21 +146,15 @@ def _tables(
     tiles_f = (ranks_f + variant.tile - 1) // variant.tile
     other_tiles_f = (ranks_f + variant.other_tile - 1) // variant.other_tile
 
-    # The scratch: the Grams of each chunk, by factor; then, with anchors, H1 and H2 of each factor.
-    # Without anchors an H1 takes the place of the first chunk of the other factor's Grams.
+    # The scratch: the Grams of each chunk, by factor. H1 and H2 of a factor take the place of the
+    # other factor's Grams in its first chunk.
     index_c, start_c = split_into_chunks(widths_f, GRAM_COLUMNS)
     num_chunks_f = (widths_f + GRAM_COLUMNS - 1) // GRAM_COLUMNS
     floats_c = squares_f[index_c] * (3 if variant.anchored else 1)
     ends_c = floats_c.cumsum(0)
     place_c = ends_c - floats_c + floats_before
     place_f = place_c[num_chunks_f.cumsum(0) - num_chunks_f]
-    num_floats = int(ends_c[-1])
-    if variant.anchored:
-        h_ends_f = (2 * squares_f).cumsum(0)
-        h_f = h_ends_f - 2 * squares_f + floats_before + num_floats
-        num_floats += int(h_ends_f[-1])
-    else:
-        h_f = place_f.view(-1, 2).flip(1).reshape(-1)
+    h_f = place_f.view(-1, 2).flip(1).reshape(-1)
 
     def rows(factor: Tensor, start: Tensor, i: Tensor, j: Tensor, place: Tensor) -> Tensor:
         columns = [addresses[factor] for addresses in addresses_f]
@@ -186,7 +180,7 @@ def _tables(
         columns.append(place[pair])
     columns += [h_f[::2][pair], h_f[1::2][pair], scales_p[pair]]
     reduce = torch.stack([*columns, torch.arange(len(pair)) + parts_before], dim=1)
-    return [gram, reduce, apply], num_floats, len(reduce)
+    return [gram, reduce, apply], int(ends_c[-1]), len(reduce)
 
 
 def _repeat(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -240,12 +240,13 @@ def lora_reduce_kernel(
 
     With Grams of the down AA = A A^T, AY = A Y^T, YY and of the up XX = X^T X, XZ = X^T B0, ZZ:
         part = scale^2 (<XX, AA> + 2 <XZ, AY> + <ZZ, YY>)
-        H1, H2 of the down = 2 weight scale^2 times XX + XZ^T = B^T X and XZ + ZZ = B^T B0
-        H1, H2 of the up   = 2 weight scale^2 times AA and AY
-    Without an anchor XX = B^T B, and the other Grams and H2 are left out. An H1 may then take the
-    place of the first chunk of the Gram it comes from: each element is read once, by its writer.
+        H1^T, H2 of the down = 2 weight scale^2 times XX + XZ = X^T B and XZ + ZZ = B^T B0
+        H1, H2 of the up     = 2 weight scale^2 times AA and AY
+    Without an anchor XX = B^T B, and the other Grams and H2 are left out. The H take the place of
+    the Grams they come from, in the first chunk: each element is read once, by its writer, for
+    which the down has the transpose of its H1 (XX is its own).
 
-    Memory traffic: 4 bytes an element of each chunk's Grams, twice that for XZ, and of the H.
+    Memory traffic: 4 bytes an element of each chunk's Grams, and of the H.
 
     Args:
         table_ptr: int64 [programs, 10]: rank, first element; place of the first chunk of the
@@ -278,14 +279,12 @@ def lora_reduce_kernel(
     aa = _sum_chunks(down_ptr, element, mask, down_chunks, stride)
     square = xx * aa
     if ANCHORED:
-        transposed = element % rank * rank + element // rank
         xz = _sum_chunks(up_ptr + size, element, mask, up_chunks, stride)
-        zx = _sum_chunks(up_ptr + size, transposed, mask, up_chunks, stride)
         zz = _sum_chunks(up_ptr + 2 * size, element, mask, up_chunks, stride)
         ay = _sum_chunks(down_ptr + size, element, mask, down_chunks, stride)
         yy = _sum_chunks(down_ptr + 2 * size, element, mask, down_chunks, stride)
         square += 2.0 * xz * ay + zz * yy
-        tl.store(down_h_ptr + element, factor * (xx + zx), mask=mask)
+        tl.store(down_h_ptr + element, factor * (xx + xz), mask=mask)
         tl.store(down_h_ptr + size + element, factor * (xz + zz), mask=mask)
         tl.store(up_h_ptr + element, factor * aa, mask=mask)
         tl.store(up_h_ptr + size + element, factor * ay, mask=mask)
@@ -337,7 +336,9 @@ def _apply_side(
             u, v = tl.trans(u), tl.trans(v)
         h_offsets = ranks[:, None] * rank + inner[None, :]
         h_mask = (ranks[:, None] < rank) & (inner[None, :] < rank)
-        h1 = tl.load(h_ptr + h_offsets, mask=h_mask, other=0.0)
+        # An anchored down has the transpose of its H1.
+        h1_offsets = h_offsets if UP or not ANCHORED else inner[None, :] * rank + ranks[:, None]
+        h1 = tl.load(h_ptr + h1_offsets, mask=h_mask, other=0.0)
         delta = tl.dot(h1, u, delta, input_precision="ieee")
         if ANCHORED:
             h2 = tl.load(h_ptr + rank * rank + h_offsets, mask=h_mask, other=0.0)
@@ -371,7 +372,7 @@ def lora_apply_kernel(
 
     Args:
         table_ptr: int64 [programs, 10], as of :func:`lora_gram_kernel`; the last entry is the
-            place of H1 in the scratch, which H2 follows.
+            place of H1 (of an anchored down its transpose) in the scratch, which H2 follows.
         scratch_ptr: float32 [floats].
         ANCHORED: There are anchors.
         TILE: Ranks a tile; fewer than 64, as of :func:`lora_gram_kernel`.
