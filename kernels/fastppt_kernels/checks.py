@@ -84,7 +84,8 @@ def check_tensors(lists: NamedLists, holes: Sequence[str] = ()) -> set[torch.dty
 
 
 def _devices_and_dtypes(tensors: list[Tensor]) -> Iterable[tuple[torch.device, torch.dtype]]:
-    return torch._C._group_tensors_by_device_and_dtype([tensors], False) if tensors else ()
+    lists: list[list[Tensor | None]] = [[*tensors]]
+    return torch._C._group_tensors_by_device_and_dtype(lists, False) if tensors else ()
 
 
 def check_distinct(name: str, tensors: Sequence[Tensor] | None) -> None:

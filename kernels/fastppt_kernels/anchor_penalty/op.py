@@ -138,9 +138,11 @@ def _anchor_chunk_(
         del flat
     else:
         squares = [torch.dot(flat, flat) for flat in [d.view(-1) for d in differences]]
-    if grads is not None and isinstance(weight, Tensor):
+    if grads is None:
+        return squares
+    if isinstance(weight, Tensor):
         torch._foreach_add_(grads, torch._foreach_mul(differences, 2 * weight))
-    elif grads is not None:
+    else:
         torch._foreach_add_(grads, differences, alpha=2 * weight)
     return squares
 
