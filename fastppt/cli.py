@@ -36,8 +36,25 @@ Config = Annotated[
 ]
 Recipe = Annotated[str | None, typer.Option(help="Method; see `fastppt recipes`.")]
 Model = Annotated[
-    str | None, typer.Option(help="mini-sdxl, a diffusers folder, or a hub id (owner/name).")
+    str | None,
+    typer.Option(
+        help="Hub id (owner/name), diffusers folder, .safetensors checkpoint, or a mini model "
+        "(`fastppt doctor` lists them)."
+    ),
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option("--model-config", help="Diffusers folder that configures a single checkpoint."),
+]
+Vae = Annotated[str | None, typer.Option(help="Another VAE: hub id, folder or .safetensors file.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, xformers or flash.")]
+Buckets = Annotated[
+    bool | None,
+    typer.Option("--buckets/--no-buckets", help="Crop to a few aspect ratios, or to squares."),
+]
+SaveDtype = Annotated[str | None, typer.Option(help="LoRA files in fp32, bf16 or fp16.")]
 Photos = Annotated[Path | None, typer.Option(help="Folder with the photos of the subject.")]
 ClassNoun = Annotated[str | None, typer.Option(help="Everyday noun of the subject, such as dog.")]
 Token = Annotated[str | None, typer.Option(help="Rare word that comes to stand for the subject.")]
@@ -53,7 +70,7 @@ AnchorWeight = Annotated[float | None, typer.Option(help="Weight of the anchor."
 InitLora = Annotated[Path | None, typer.Option(help="LoRA file or run folder to start from.")]
 EngineName = Annotated[str | None, typer.Option("--engine", help="auto, eager or compile.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")]
+Precision = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between two looks at the metrics.")]
 SampleEvery = Annotated[int | None, typer.Option(help="Steps between two sample grids.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between two checkpoints.")]
@@ -71,6 +88,13 @@ Settings = Annotated[
 # Flag of `train` and `config`, and the key that it sets.
 FLAG_KEYS = {
     "model": "model.path",
+    "revision": "model.revision",
+    "variant": "model.variant",
+    "model_config": "model.config_folder",
+    "vae": "model.vae",
+    "attention": "model.attention",
+    "buckets": "photos.buckets",
+    "save_dtype": "save_dtype",
     "photos": "photos.folder",
     "class_noun": "prompts.class_noun",
     "token": "prompts.token",
@@ -107,7 +131,13 @@ def train(
     run: Config = None,
     recipe: Recipe = None,
     model: Model = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    model_config: ModelFolder = None,
+    vae: Vae = None,
+    attention: Attention = None,
     photos: Photos = None,
+    buckets: Buckets = None,
     class_noun: ClassNoun = None,
     token: Token = None,
     output: Output = None,
@@ -127,6 +157,7 @@ def train(
     sample_every: SampleEvery = None,
     checkpoint_every: CheckpointEvery = None,
     samples: Samples = None,
+    save_dtype: SaveDtype = None,
     tensorboard: Tensorboard = None,
     settings: Settings = None,
     overwrite: Annotated[

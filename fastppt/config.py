@@ -34,10 +34,26 @@ class ModelConfig(Section):
     """The pretrained model."""
 
     path: Annotated[str, Field(min_length=1)] | None = None
-    """Model to start from: `mini-sdxl`, a diffusers folder, or a hub id (required)."""
+    """Model to start from: a hub id, a diffusers folder, a single .safetensors checkpoint, or the
+    name of an embedded mini model, which `fastppt doctor` lists (required)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; unset takes the hub's default."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    """Variant of the weight files of a hub id or folder, such as fp16; unset takes the plain
+    ones."""
+    config_folder: FilePath | None = None
+    """Diffusers folder whose configuration files and tokenizers belong to a single-file
+    checkpoint; unset asks the hub for them."""
+    vae: Annotated[str, Field(min_length=1)] | None = None
+    """Another VAE: hub id, diffusers folder or .safetensors file; unset takes the model's own."""
+    large_text_encoder: bool = True
+    """Use the model's largest text encoder where it can do without (a T5 beside two CLIPs)."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that the largest text encoder reads of a prompt, where the model leaves the choice;
+    unset takes as many as the other encoders read."""
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    """Who computes attention: sdpa (torch's own), xformers, or flash (the package flash-attn)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of base weights and activations; auto is bf16 on a GPU and fp32 on the CPU.
     Adapters are always fp32."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -52,6 +68,8 @@ class PhotosConfig(Section):
     resolution: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which photos are scaled (short side) and centre-cropped; unset takes
     the model's own."""
+    buckets: bool = False
+    """Crop each photo to the nearest of a few aspect ratios of the same area, not to a square."""
 
 
 class PromptsConfig(Section):
@@ -97,14 +115,9 @@ class LoraConfig(Section):
     """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     """Learning rate of the adapters."""
-    targets: Annotated[list[str], Field(min_length=1)] = [
-        "*.to_q",
-        "*.to_k",
-        "*.to_v",
-        "*.to_out.0",
-    ]
-    """Patterns of the attention projections that get an adapter; * matches any text, dots
-    included."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of the attention projections that get an adapter, such as `*.to_q`; * matches any
+    text, dots included. Unset takes them all."""
     init: FilePath | None = None
     """LoRA file, or folder of a finished run, to start from; unset starts from zero."""
 
@@ -210,6 +223,8 @@ class RunConfig(Section):
     """Steps between two sample grids; 0 draws them before and after only."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two checkpoints; 0 keeps one at the end only."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the tensors in the LoRA files; fp32 keeps what was trained, bit for bit."""
     tensorboard: bool = False
     """Write TensorBoard curves to OUTPUT/tensorboard (needs the extra `tensorboard`)."""
     model: ModelConfig = ModelConfig()

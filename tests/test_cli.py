@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fastppt.cli import app
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 
 
 def run(*arguments: object) -> Result:

@@ -65,7 +65,7 @@ def encode_prompt_bank(
     texts = [subject_prompt(prompts, photo.caption) for photo in photos]
     unique = list(dict.fromkeys(texts))
     sizes = [
-        family.size_conditions(photo.size, square.crop, resolution)
+        family.size_conditions(photo.size, square.crop, (resolution, resolution))
         for photo, square in zip(photos, squares, strict=True)
     ]
     return PromptBank(

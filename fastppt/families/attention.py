@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from fastppt.families.backends import Attend
 
 
 @dataclass
@@ -72,11 +73,15 @@ class AdaptableAttention:
 
     Self-attention projects query, key and value from one input; cross-attention projects the
     query from the image and key and value from the text.
+
+    Attributes:
+        groups: Its projections, those that share an input together, in the order of the module's.
     """
 
     from_image: Projections
     from_text: Projections | None
     out: Projections
+    attend: Attend
     groups: tuple[Projections, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,16 +110,17 @@ class AdaptableAttention:
             batch_size, num_keys = key.shape[0], key.shape[2]
             attention_mask = attn.prepare_attention_mask(attention_mask, num_keys, batch_size)
             attention_mask = attention_mask.unflatten(0, (batch_size, attn.heads))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        mixed = self.attend(query, key, value, attention_mask)
         (output,) = self.out(mixed.transpose(1, 2).flatten(2))
         return output
 
 
-def make_adaptable(network: nn.Module) -> list[AdaptableAttention]:
+def make_adaptable(network: nn.Module, attend: Attend) -> list[AdaptableAttention]:
     """Give every attention of a UNet a processor with places for adapters.
 
     Args:
         network: A diffusers UNet; its attention processors are replaced, its weights not touched.
+        attend: The attention backend.
 
     Returns:
         The processors in the order of the network's modules.
@@ -122,13 +128,13 @@ def make_adaptable(network: nn.Module) -> list[AdaptableAttention]:
     processors = []
     for name, attn in network.named_modules():
         if isinstance(attn, Attention):
-            processor = _adaptable(name, attn)
+            processor = _adaptable(name, attn, attend)
             attn.set_processor(processor)
             processors.append(processor)
     return processors
 
 
-def _adaptable(name: str, attn: Attention) -> AdaptableAttention:
+def _adaptable(name: str, attn: Attention, attend: Attend) -> AdaptableAttention:
     # What transformer blocks never have, and the processor therefore leaves out.
     assert attn.spatial_norm is None and attn.group_norm is None and not attn.norm_cross
     assert attn.norm_q is None and attn.norm_k is None and not attn.residual_connection
@@ -141,6 +147,7 @@ def _adaptable(name: str, attn: Attention) -> AdaptableAttention:
 
     if attn.is_cross_attention:
         return AdaptableAttention(
-            projections("to_q"), projections("to_k", "to_v"), projections("to_out.0")
+            projections("to_q"), projections("to_k", "to_v"), projections("to_out.0"), attend
         )
-    return AdaptableAttention(projections("to_q", "to_k", "to_v"), None, projections("to_out.0"))
+    joint = projections("to_q", "to_k", "to_v")
+    return AdaptableAttention(joint, None, projections("to_out.0"), attend)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
+from fastppt.families.attention import Projections
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,17 @@ class PromptEmbeddings:
     """Encoded prompts.
 
     Attributes:
-        tokens: [N, K, D], the text that cross-attention reads.
-        pooled: [N, W], one vector a prompt, part of the time embedding.
+        tokens: [N, K, D], the text that attention reads.
+        pooled: [N, W], one vector a prompt, part of the time embedding; None where it has no part.
     """
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
 
     def __getitem__(self, rows: Tensor | slice) -> PromptEmbeddings:
         """Return the prompts of the given rows."""
-        return PromptEmbeddings(self.tokens[rows], self.pooled[rows])
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return PromptEmbeddings(self.tokens[rows], pooled)
 
 
 class Family(Protocol):
@@ -59,7 +61,15 @@ class Family(Protocol):
     modelspec_architecture: str
     """What ModelSpec calls the base model."""
     prediction_type: str
-    """`epsilon` or `v_prediction`."""
+    """`epsilon`, `v_prediction` or `flow`."""
+
+    def make_adaptable(self) -> list[Projections]:
+        """Give every attention a processor with places for adapters.
+
+        Returns:
+            The projections that an adapter can change, those that share an input together, in the
+            order of the network's modules. A projection whose output nothing reads is left out.
+        """
 
     def encode_photos(self, pixels_bchw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [B, C, h, w] of the scaled latents' posterior."""
@@ -71,15 +81,21 @@ class Family(Protocol):
         """Return the one-row embedding that guidance pushes away from."""
 
     def size_conditions(
-        self, original_size: tuple[int, int], crop: tuple[int, int], resolution: int
+        self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]
     ) -> Tensor:
-        """Return what the network is told of a photo's size; sizes are (height, width), pixels."""
+        """Return what the network is told of a photo's size, [S]; S is 0 where it is told nothing.
+
+        Args:
+            original_size: (height, width) of the photo, pixels.
+            crop: (top, left) of what is used, in the scaled photo, pixels.
+            target_size: (height, width) of what is used, pixels.
+        """
 
     def release_encoders(self) -> None:
         """Take the VAE and the text encoders off the device."""
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Return [B] timesteps as the family draws them."""
+        """Return [B] int64 in 0..num_timesteps-1, least noise first, as the family draws them."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the noisy latents z_t [B, C, h, w]."""

@@ -12,13 +12,10 @@ import torch
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.sdxl import StableDiffusionXL
+from fastppt.families.names import MINI_MODELS, PIPELINES, family_of_pipeline
 
-MINI_MODELS = ("mini-sdxl",)
-# The pipeline class that a diffusers folder names, and the family that trains it.
-FAMILIES: dict[str, type[StableDiffusionXL]] = {"StableDiffusionXLPipeline": StableDiffusionXL}
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -66,13 +63,30 @@ def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
         # Events and kernel launches go to the current device, not to that of their tensors.
         torch.cuda.set_device(device)
     pipeline = _load_pipeline(model, dtype)
-    family = FAMILIES.get(type(pipeline).__name__)
-    if family is None:
-        raise UserError(
-            f"model {model.path}: is a {type(pipeline).__name__}, which fastppt does not train "
-            f"(it trains {', '.join(FAMILIES)})"
-        )
-    return family(pipeline, model, device, dtype)
+    name = family_of_pipeline(type(pipeline).__name__)
+    if name is None:
+        raise UserError(_unknown_pipeline(str(model.path), type(pipeline).__name__))
+    return make_family(name, pipeline, model, device, dtype)
+
+
+def make_family(
+    name: str, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Family:
+    """Return the family of that name around a loaded pipeline."""
+    match name:
+        case "sd":
+            from fastppt.families.sd import StableDiffusion
+
+            return StableDiffusion(pipeline, model, device, dtype)
+        case "sdxl":
+            from fastppt.families.sdxl import StableDiffusionXL
+
+            return StableDiffusionXL(pipeline, model, device, dtype)
+        case "sd3":
+            from fastppt.families.sd3 import StableDiffusion3
+
+            return StableDiffusion3(pipeline, model, device, dtype)
+    raise AssertionError(name)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -121,10 +135,10 @@ def resolve_path(path: str) -> str:
 
 
 def _load_pipeline(model: ModelConfig, dtype: torch.dtype) -> Any:
-    if model.path == "mini-sdxl":
-        from fastppt.mini import build_mini_sdxl
+    if model.path in MINI_MODELS:
+        from fastppt.mini import build_mini
 
-        return build_mini_sdxl()
+        return build_mini(model.path)
     from diffusers import DiffusionPipeline
 
     try:
@@ -148,9 +162,11 @@ def _pipeline_class(folder: Path) -> str:
         raise UserError(f"model {folder}: is no diffusers folder (no model_index.json)") from None
     except (OSError, ValueError, AttributeError):
         raise UserError(f"model {folder}: {index.name} cannot be read as JSON") from None
-    if name not in FAMILIES:
-        raise UserError(
-            f"model {folder}: is a {name}, which fastppt does not train "
-            f"(it trains {', '.join(FAMILIES)})"
-        )
+    if family_of_pipeline(str(name)) is None:
+        raise UserError(_unknown_pipeline(str(folder), name))
     return str(name)
+
+
+def _unknown_pipeline(model: str, name: object) -> str:
+    trained = ", ".join(name for names in PIPELINES.values() for name in names)
+    return f"model {model}: is a {name}, which fastppt does not train (it trains {trained})"

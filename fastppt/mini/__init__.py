@@ -1,23 +1,41 @@
-"""The embedded small model: a whole SDXL in structure, small enough for one CPU thread.
+"""The embedded small models: whole pipelines in structure, small enough for one CPU thread.
 
-Nothing is downloaded. `build_mini_sdxl` makes a real diffusers pipeline of random weights, and
+Nothing is downloaded. `build_mini` makes a real diffusers pipeline of random weights, and
 `draw_demo_photos` draws five photos of one subject to train it on.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastppt.mini.photos import draw_demo_photos
 
 if TYPE_CHECKING:
-    from fastppt.mini.sdxl import build_mini_sdxl
+    from diffusers import DiffusionPipeline
 
-__all__ = ["build_mini_sdxl", "draw_demo_photos"]
+__all__ = ["build_mini", "draw_demo_photos"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the model on first use: diffusers takes seconds, and the photos do not need it."""
-    if name == "build_mini_sdxl":
-        from fastppt.mini.sdxl import build_mini_sdxl
+def build_mini(name: str, seed: int = 0) -> "DiffusionPipeline":
+    """Build a mini model of random weights, in evaluation mode, float32, on the CPU.
 
-        return build_mini_sdxl
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        name: `mini-sd`, `mini-sdxl` or `mini-sd3`.
+        seed: Decides the weights: the same seed gives the same pipeline, bit for bit.
+
+    Raises:
+        ValueError: there is no mini model of that name.
+    """
+    # Imported on first use: diffusers takes seconds, and the photos do not need it.
+    match name:
+        case "mini-sd":
+            from fastppt.mini.sd import build_mini_sd
+
+            return build_mini_sd(seed)
+        case "mini-sdxl":
+            from fastppt.mini.sdxl import build_mini_sdxl
+
+            return build_mini_sdxl(seed)
+        case "mini-sd3":
+            from fastppt.mini.sd3 import build_mini_sd3
+
+            return build_mini_sd3(seed)
+    raise ValueError(f"no mini model {name!r}: there are mini-sd, mini-sdxl and mini-sd3")

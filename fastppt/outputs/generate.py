@@ -110,7 +110,7 @@ def install_lora(family: Family, file: Path) -> LoraAdapters:
     if len(ranks) > 1:
         raise UserError(f"LoRA {file}: has ranks {ranks}; fastppt reads files of one rank")
     config = LoraConfig(rank=ranks[0], targets=list(weights))
-    adapters = LoraAdapters(family.network, config, seed=0, device=family.device)
+    adapters = LoraAdapters(family.make_adaptable(), config, seed=0, device=family.device)
     adapters.load(weights)
     return adapters
 

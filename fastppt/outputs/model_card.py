@@ -12,7 +12,7 @@ from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
 from fastppt.trainables.lora import LoraAdapters
 
 LOAD_MODEL = {
-    "mini-sdxl": "from fastppt.mini import build_mini_sdxl\n\npipe = build_mini_sdxl()",
+    "mini-sdxl": 'from fastppt.mini import build_mini\n\npipe = build_mini("mini-sdxl")',
 }
 LOAD_ANY = (
     "import torch\n"

@@ -6,7 +6,7 @@ Shape legend: M rows of an input, I input width, O output width, r rank.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastppt.config import LoraConfig
 from fastppt.errors import UserError
-from fastppt.families.attention import AdapterSwitch, Projections, make_adaptable
+from fastppt.families.attention import AdapterSwitch, Projections
 from fastppt.trainables.arena import ParameterArena
 
 
@@ -78,7 +78,7 @@ class LoraAdapters:
     code and in peft, so a new adapter changes nothing.
 
     Args:
-        network: The frozen network; its attention processors are replaced.
+        groups: The projections of the frozen network, as `Family.make_adaptable` returns them.
         config: Rank, alpha and targets.
         seed: Of the initial down-projections; drawn on the CPU, so the same on every device.
         device: Where values and gradients live.
@@ -95,7 +95,7 @@ class LoraAdapters:
 
     def __init__(
         self,
-        network: nn.Module,
+        groups: Sequence[Projections],
         config: LoraConfig,
         *,
         seed: int,
@@ -105,7 +105,6 @@ class LoraAdapters:
         self.rank = config.rank
         self.alpha = config.alpha if config.alpha is not None else float(config.rank)
         self.switch = AdapterSwitch()
-        groups = [group for processor in make_adaptable(network) for group in processor.groups]
         adapted = _match(config.targets, [name for group in groups for name in group.names])
         layouts = [layout for group in groups if (layout := _Layout.of(group, adapted))]
         shapes = [shape for layout in layouts for shape in layout.shapes(self.rank)]
@@ -202,7 +201,9 @@ class _Layout:
                 yield LoraPair(name, next(downs), up.detach(), joint.scale)
 
 
-def _match(targets: list[str], names: list[str]) -> set[str]:
+def _match(targets: list[str] | None, names: list[str]) -> set[str]:
+    if targets is None:
+        return set(names)
     adapted: set[str] = set()
     for target in targets:
         matches = [name for name in names if fnmatchcase(name, target)]

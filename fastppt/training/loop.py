@@ -168,7 +168,9 @@ def build_adapters(
     assert lora is not None
     weights = read_lora_file(lora.init, family) if lora.init is not None else None
     seed = split_seed(config.seed, ADAPTER_STREAM)
-    adapters = LoraAdapters(family.network, lora, seed=seed, device=family.device, dtype=dtype)
+    adapters = LoraAdapters(
+        family.make_adaptable(), lora, seed=seed, device=family.device, dtype=dtype
+    )
     if weights is not None:
         try:
             adapters.load(weights)

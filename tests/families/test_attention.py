@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastppt.config import LoraConfig, ModelConfig
 from fastppt.families.attention import AdapterSwitch, make_adaptable
+from fastppt.families.backends import resolve_attention
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
@@ -26,7 +27,9 @@ def predict(family: Family) -> Tensor:
 
 
 def adapted(family: Family) -> LoraAdapters:
-    adapters = LoraAdapters(family.network, LoraConfig(rank=4), seed=0, device=family.device)
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=4), seed=0, device=family.device
+    )
     for pair in adapters.pairs:
         pair.up.normal_(generator=torch.Generator().manual_seed(2))
     return adapters
@@ -73,5 +76,5 @@ def test_attention_mask_is_applied_as_the_stock_processor_does(cross: bool) -> N
     # Additive, over the keys; attention gets it repeated for each head.
     mask = torch.randn(4, 1, 5 if cross else 9)
     stock = network["attn"](image, text, attention_mask=mask)
-    make_adaptable(network)
+    make_adaptable(network, resolve_attention("sdpa", torch.device("cpu"), torch.float32))
     assert torch.equal(network["attn"](image, text, attention_mask=mask), stock)

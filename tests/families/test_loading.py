@@ -11,7 +11,7 @@ import torch
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.loading import check_model, load_family, resolve_device, resolve_dtype
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 
 
 def test_a_diffusers_folder_loads_like_the_model_it_was_saved_from(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.sdxl import StableDiffusionXL
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 
 
 def family_with(prediction_type: str = "epsilon", **config: object) -> StableDiffusionXL:
@@ -78,7 +78,7 @@ def test_latents_are_the_scaled_posterior_of_the_vae(with_mean: bool) -> None:
 
 
 def test_size_conditions_are_original_crop_and_target(family: Family) -> None:
-    sizes = family.size_conditions((480, 640), (0, 80), 64)
+    sizes = family.size_conditions((480, 640), (0, 80), (64, 64))
     assert sizes.tolist() == [480, 640, 0, 80, 64, 64]
 
 

@@ -6,8 +6,9 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastppt.mini import build_mini_sdxl, draw_demo_photos
+from fastppt.mini import draw_demo_photos
 from fastppt.mini.__main__ import app
+from fastppt.mini.sdxl import build_mini_sdxl
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PROMPTS = ("a photo of a dog", "a red boat in the snow")

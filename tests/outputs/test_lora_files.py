@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastppt.config import LoraConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.outputs.lora_files import find_lora_file, read_lora_file, write_lora_files
 from fastppt.trainables.lora import LoraAdapters
 
@@ -27,7 +27,7 @@ PROMPT = "a photo of sks robot in the snow"
 def trained(family: Family, alpha: float | None = None) -> LoraAdapters:
     """Adapters strong enough to change a picture."""
     config = LoraConfig(rank=4, alpha=alpha)
-    adapters = LoraAdapters(family.network, config, seed=0, device=family.device)
+    adapters = LoraAdapters(family.make_adaptable(), config, seed=0, device=family.device)
     generator = torch.Generator().manual_seed(5)
     for pair in adapters.pairs:
         pair.up.copy_(0.2 * torch.randn(pair.up.shape, generator=generator))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppt.config import LoraConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.trainables.lora import LoraAdapters
 
 ALL = ["*.to_q", "*.to_k", "*.to_v", "*.to_out.0"]
@@ -106,7 +106,9 @@ def test_new_adapters_change_nothing(family_float64: Family) -> None:
 
 
 def test_down_projections_start_as_pefts_do(family: Family) -> None:
-    adapters = LoraAdapters(family.network, LoraConfig(rank=64), seed=0, device=family.device)
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=64), seed=0, device=family.device
+    )
     for pair in adapters.pairs:
         bound = pair.down.shape[1] ** -0.5
         assert pair.down.abs().max() <= bound
@@ -117,7 +119,7 @@ def test_down_projections_start_as_pefts_do(family: Family) -> None:
 
 def test_targets_choose_projections_by_their_whole_path(family: Family) -> None:
     config = LoraConfig(rank=1, targets=["up_blocks.*.attn2.to_k"])
-    adapters = LoraAdapters(family.network, config, seed=0, device=family.device)
+    adapters = LoraAdapters(family.make_adaptable(), config, seed=0, device=family.device)
     names = [pair.name for pair in adapters.pairs]
     assert names
     assert all(name.startswith("up_blocks.") and name.endswith("attn2.to_k") for name in names)
@@ -125,11 +127,15 @@ def test_targets_choose_projections_by_their_whole_path(family: Family) -> None:
 
 def test_target_that_matches_nothing_names_the_nearest(family: Family) -> None:
     with pytest.raises(UserError, match=r"matches no attention projection; the nearest are .*to_q"):
-        LoraAdapters(family.network, LoraConfig(targets=["*.to_qq"]), seed=0, device=family.device)
+        LoraAdapters(
+            family.make_adaptable(), LoraConfig(targets=["*.to_qq"]), seed=0, device=family.device
+        )
 
 
 def test_number_of_parameters_is_that_of_the_pairs(family: Family) -> None:
-    adapters = LoraAdapters(family.network, LoraConfig(rank=3), seed=0, device=family.device)
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=3), seed=0, device=family.device
+    )
     counted = sum(3 * (pair.down.shape[1] + pair.up.shape[0]) for pair in adapters.pairs)
     assert adapters.num_parameters == counted
     # Every attention has q, k, v and out.

@@ -20,7 +20,7 @@ from fastppt.config_io import build_config
 from fastppt.data.prompts import sample_prompts
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family
-from fastppt.mini import build_mini_sdxl
+from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.outputs import files
 from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import DIFFUSERS_FILE

@@ -1,0 +1,83 @@
+"""What the families with a UNet share: DDPM noise, uniform timesteps, one block to compile.
+
+Shape legend: B batch, C latent channels, h and w latent height and width, T diffusion timesteps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from fastppt.config import ModelConfig
+from fastppt.errors import UserError
+from fastppt.families.pipeline import PipelineFamily
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class UNetFamily(PipelineFamily):
+    """A pipeline around a UNet that was trained by DDPM (Ho et al., arXiv 2006.11239).
+
+    Args:
+        pipeline: As of `PipelineFamily`, and so the others.
+        model: Where it came from.
+        device: Where the network trains.
+        dtype: Of the network and the text encoders.
+
+    Raises:
+        UserError: the scheduler predicts neither noise nor velocity.
+    """
+
+    repeated_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
+
+    def __init__(
+        self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction_type: str = scheduler.config.prediction_type
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(
+                f"model {model.path}: its scheduler predicts {self.prediction_type!r}; "
+                f"training knows {' and '.join(PREDICTION_TYPES)}"
+            )
+        self.network: nn.Module = pipeline.unet
+        super().__init__(pipeline, model, device, dtype)
+        self.num_timesteps: int = scheduler.config.num_train_timesteps
+        self.native_resolution: int = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        num_halvings = len(pipeline.unet.config.block_out_channels) - 1
+        self.resolution_step: int = pipeline.vae_scale_factor * 2**num_halvings
+        # The scheduler's float32 table is the one the model was trained with, whatever the dtype.
+        alphas = scheduler.alphas_cumprod.to(device, self._precise)
+        self._signal_t = alphas.sqrt()
+        self._noise_t = (1 - alphas).sqrt()
+
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Return [B] int64, uniform over 0..T-1."""
+        return torch.randint(
+            self.num_timesteps, (batch_size,), generator=generator, device=self.device
+        )
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e (DDPM, arXiv 2006.11239, eq. 4)."""
+        return self._at(self._signal_t, timesteps) * latents + (
+            self._at(self._noise_t, timesteps) * noise
+        )
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the noise e, or the velocity sqrt(abar_t) e - sqrt(1 - abar_t) z.
+
+        Source: DDPM (arXiv 2006.11239); Salimans and Ho (arXiv 2202.00512), appendix D.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        return self._at(self._signal_t, timesteps) * noise - (
+            self._at(self._noise_t, timesteps) * latents
+        )
+
+    @staticmethod
+    def _at(table_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the table's entries of the timesteps, [B, 1, 1, 1]."""
+        return table_t[timesteps].view(-1, 1, 1, 1)
