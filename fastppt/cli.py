@@ -217,6 +217,68 @@ def generate(
 
 
 @app.command()
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(help="LoRA file, folder of a finished run, or a folder that peft saved."),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORM", help="kohya, diffusers or peft.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File, or folder for peft (default: beside FILE).")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16 (default: as in FILE).")
+    ] = None,
+) -> None:
+    """Write a LoRA in another form, bit for bit."""
+    with user_errors():
+        from fastppt.outputs.convert import convert as convert_lora
+
+        print(convert_lora(file, to, output, dtype))
+
+
+@app.command()
+def info(
+    file: Annotated[
+        Path,
+        typer.Argument(help="LoRA file, folder of a finished run, or a folder that peft saved."),
+    ],
+) -> None:
+    """Print what a LoRA is: family, rank, alpha, targets, what it adds where, metadata."""
+    with user_errors():
+        from fastppt.outputs.info import print_info, read_info
+
+        print_info(read_info(file), Console())
+
+
+@app.command()
+def doctor(
+    run: Config = None,
+    model: Model = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    model_config: ModelFolder = None,
+    vae: Vae = None,
+    attention: Attention = None,
+    output: Output = None,
+    engine: EngineName = None,
+    device: Device = None,
+    precision: Precision = None,
+    settings: Settings = None,
+) -> None:
+    """Say what is here, and whether a training (of --model) could start; exits with 1 if not."""
+    given = locals()
+    with user_errors():
+        config = build_config(None, run, [*_flag_settings(given), *_set_settings(settings)])
+    from fastppt.doctor import can_train, examine, print_report
+
+    report = examine(config)
+    print_report(report, Console(highlight=False))
+    if not can_train(report):
+        raise typer.Exit(code=1)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes: one published method each."""
     table = Table("recipe", "families", "what it is")
@@ -266,7 +328,7 @@ def _flag_settings(given: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
         (key, str(given[flag]) if isinstance(given[flag], Path) else given[flag])
         for flag, key in FLAG_KEYS.items()
-        if given[flag] is not None
+        if given.get(flag) is not None
     ]
 
 

@@ -137,6 +137,24 @@ def check_complete(config: RunConfig) -> None:
             raise UserError(f"{key}: {str(value)!r} is not text in UTF-8; rename it") from None
 
 
+def check_recipe_fits(config: RunConfig, family: str) -> None:
+    """Refuse a recipe that does not exist for the family of the run's model.
+
+    Raises:
+        UserError: names the recipe's families, and the recipes for this one.
+    """
+    if config.recipe is None:
+        return
+    families = load_recipe(config.recipe)[0].families
+    if family not in families:
+        others = [name for name in RECIPES if family in load_recipe(name)[0].families]
+        raise UserError(
+            f"recipe {config.recipe}: is for {', '.join(families)}; {config.model.path} is "
+            f"{family}. Give another model, or another recipe "
+            f"(for {family} there are: {', '.join(others) or 'none'})"
+        )
+
+
 def render_toml(config: RunConfig) -> str:
     """Return the whole configuration as TOML, with the sentence of each field above it.
 

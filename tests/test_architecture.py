@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ MAY_IMPORT = {
         *("config", "config_io", "data", "errors", "families", "objectives", "outputs"),
         "trainables",
     },
-    "cli": {"config", "config_io", "errors", "outputs", "training", ""},
+    "machine": set(),
+    "doctor": {"config", "errors", "families", "machine", "training", ""},
+    "cli": {"config", "config_io", "doctor", "errors", "outputs", "training", ""},
     "__main__": {"cli"},
     "": set(),
 }
@@ -35,6 +38,12 @@ MAY_IMPORT = {
 MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}
 MODEL_PARTS = {"families", "trainables", "outputs", "data", "mini"}
 KERNEL_LIBRARIES = {"torch", "triton", "fastppt_kernels"}
+# Where model families may be named, and how one looks; sd-scripts is another trainer, and ss_sd_
+# begins keys of its metadata.
+FAMILY_PARTS = {"families", "mini"}
+FAMILY = re.compile(
+    r"(?<![a-z0-9])(?<!ss_)(?:mini-)?sd(?:xl|\d+)?(?![a-z0-9])(?!-scripts)", flags=re.IGNORECASE
+)
 
 
 def sources(package: str) -> list[Path]:
@@ -97,6 +106,29 @@ def test_kernels_import_torch_and_triton_alone() -> None:
 def test_fastppt_holds_no_triton_kernel() -> None:
     for path in sources("fastppt"):
         assert "triton" not in {module[0] for module in imported(path)}, path
+
+
+def test_families_are_named_in_families_alone() -> None:
+    named = {
+        str(path.relative_to(ROOT)): FAMILY.findall(path.read_text())
+        for path in sources("fastppt")
+        if part_of(path) not in FAMILY_PARTS
+    }
+    assert {path: names for path, names in named.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('if name == "sdxl":', ["sdxl"]),
+        ("for mini-sd and sd3.", ["mini-sd", "sd3"]),
+        ("SD 2.1, SDXL's blocks, sd15_keys, is_sd3", ["SD", "SDXL", "sd15", "sd3"]),
+        ("sd-scripts and kohya-ss/sd-scripts read it, and ss_sd_model_name", []),
+        ("the std of sdpa, --sd-x", ["sd"]),
+    ],
+)
+def test_the_rule_sees_a_family(text: str, named: list[str]) -> None:
+    assert FAMILY.findall(text) == named
 
 
 @pytest.mark.parametrize("folder", ["kernels", "tests/kernels", "bench/kernels"])

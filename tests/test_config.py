@@ -9,16 +9,19 @@ import pytest
 from pydantic import BaseModel
 
 from fastppt import config as config_module
+from fastppt import config_io
 from fastppt.config import RunConfig
 from fastppt.config_io import (
     RECIPES,
     build_config,
     check_complete,
+    check_recipe_fits,
     load_recipe,
     parse_setting,
     render_toml,
 )
 from fastppt.errors import UserError
+from fastppt.families.names import FAMILY_NAMES
 
 
 def write(path: Path, text: str) -> Path:
@@ -202,5 +205,30 @@ def test_missing_essentials_name_their_flag() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_say_what_they_are(name: str) -> None:
     recipe, table = load_recipe(name)
-    assert recipe.summary and recipe.source and recipe.families == ["sdxl"]
+    assert recipe.summary and recipe.source
+    assert set(recipe.families) <= set(FAMILY_NAMES) and len(set(recipe.families)) >= 1
     assert table["stage"]
+
+
+def test_recipe_that_does_not_fit_names_its_families_and_the_recipes_that_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def for_two_families(name: str) -> object:
+        recipe, table = load_recipe(name)
+        families = ["sd", "sdxl"] if name == "ppt-lora" else ["sd3"]
+        return recipe.model_copy(update={"families": families}), table
+
+    monkeypatch.setattr(config_io, "load_recipe", for_two_families)
+    config = build_config("ppt-lora", settings=[("model.path", "a/b")])
+    check_recipe_fits(config, "sdxl")
+    with pytest.raises(UserError) as error:
+        check_recipe_fits(config, "sd3")
+    assert str(error.value).startswith("recipe ppt-lora: is for sd, sdxl; a/b is sd3")
+    assert "(for sd3 there are: lora)" in str(error.value)
+
+
+def test_a_run_without_a_recipe_fits_every_family(tmp_path: Path) -> None:
+    stages = "[[stage]]\n[stage.trainables.lora]\n[stage.objectives.denoising]\n"
+    config = build_config(file=write(tmp_path / "run.toml", stages))
+    assert config.recipe is None
+    check_recipe_fits(config, "a family of tomorrow")

@@ -1,4 +1,4 @@
-"""The latent bank: every photo encoded once, kept at a fixed device address.
+"""The latent bank: every photo of one size encoded once, kept at a fixed device address.
 
 Shape legend: P photos, V encodings a photo (the plain one first), C latent channels, h and w
 latent height and width, B batch.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppt.data.photos import SquarePhoto
+from fastppt.data.photos import CroppedPhoto
 from fastppt.families.base import Family
 
 PLAIN_VIEW = 0
@@ -50,8 +50,8 @@ class LatentBank:
         return mean + std * normals
 
 
-def encode_latents(family: Family, photos: Sequence[SquarePhoto]) -> LatentBank:
-    """Encode each photo on its own (one 1024-pixel picture fills a small card's memory enough)."""
+def encode_latents(family: Family, photos: Sequence[CroppedPhoto]) -> LatentBank:
+    """Encode photos of one size, each on its own (one 1024-pixel picture fills a card enough)."""
     posteriors = []
     for photo in photos:
         mean_1chw, std_1chw = family.encode_photos(photo.pixels[None])

@@ -1,4 +1,4 @@
-"""From a folder of photos, with or without captions, to square pixels."""
+"""From a folder of photos, with or without captions, to pixels of the sizes that are trained."""
 
 from __future__ import annotations
 
@@ -24,25 +24,32 @@ class Photo:
     Attributes:
         path: The image file.
         caption: Its own prompt, or None for the run's template.
+        caption_file: The file that holds the caption, or None.
         size: (height, width) in pixels, after its EXIF orientation is applied.
     """
 
     path: Path
     caption: str | None
+    caption_file: Path | None
     size: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class SquarePhoto:
-    """A photo scaled and cropped to a square.
+class CroppedPhoto:
+    """A photo scaled and cropped to what is trained.
 
     Attributes:
-        pixels: [3, R, R] float32 in [-1, 1].
-        crop: (top, left) of the square in the scaled photo, in pixels.
+        pixels: [3, H, W] float32 in [-1, 1].
+        crop: (top, left) of what was cut out, in the scaled photo, in pixels.
     """
 
     pixels: Tensor
     crop: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[2]
 
 
 def find_photos(folder: Path) -> list[Photo]:
@@ -71,20 +78,32 @@ def find_photos(folder: Path) -> list[Photo]:
     photos = []
     for path in paths:
         width, height = _decode(path).size
-        photos.append(Photo(path, captions.get(path.name), (height, width)))
+        caption, file = captions.get(path.name, (None, None))
+        photos.append(Photo(path, caption, file, (height, width)))
     return photos
 
 
-def square_photo(photo: Photo, resolution: int) -> SquarePhoto:
-    """Scale the short side to the resolution (Lanczos) and cut the middle square out."""
+def cover_scale(photo: Photo, size: tuple[int, int]) -> float:
+    """Return the factor by which a photo just covers (height, width) pixels."""
+    return max(wanted / given for wanted, given in zip(size, photo.size, strict=True))
+
+
+def crop_photo(photo: Photo, size: tuple[int, int]) -> CroppedPhoto:
+    """Scale a photo until it just covers (height, width) pixels (Lanczos) and cut the middle out.
+
+    The corner of the cut is counted in the scaled photo, as diffusers'
+    training scripts count it.
+    """
     image = _decode(photo.path)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    scale = cover_scale(photo, size)
+    height, width = (
+        max(wanted, round(given * scale)) for wanted, given in zip(size, photo.size, strict=True)
+    )
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    top, left = (height - resolution) // 2, (width - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    image = image.crop((left, top, left + size[1], top + size[0]))
     pixels_hwc = torch.from_numpy(np.array(image, dtype=np.float32) / 127.5 - 1.0)
-    return SquarePhoto(pixels_hwc.permute(2, 0, 1).contiguous(), (top, left))
+    return CroppedPhoto(pixels_hwc.permute(2, 0, 1).contiguous(), (top, left))
 
 
 def _decode(path: Path) -> Image.Image:
@@ -110,9 +129,11 @@ def _decode(path: Path) -> Image.Image:
         ) from None
 
 
-def _captions(folder: Path, paths: list[Path]) -> dict[str, str]:
+def _captions(folder: Path, paths: list[Path]) -> dict[str, tuple[str, Path]]:
+    """Return each caption and its file, by the photo's file name."""
     names = {path.name for path in paths}
-    captions = _captions_from_toml(folder / CAPTIONS_FILE, names)
+    table = folder / CAPTIONS_FILE
+    captions = {name: (text, table) for name, text in _captions_from_toml(table, names).items()}
     for path in paths:
         beside = path.with_suffix(".txt")
         if not beside.is_file():
@@ -122,8 +143,8 @@ def _captions(folder: Path, paths: list[Path]) -> dict[str, str]:
                 f"photos: {path.name} has a caption in {beside.name} and one in {CAPTIONS_FILE}; "
                 "keep one"
             )
-        captions[path.name] = _read_text(beside).strip()
-    for name, caption in captions.items():
+        captions[path.name] = _read_text(beside).strip(), beside
+    for name, (caption, _) in captions.items():
         if not caption:
             raise UserError(f"photos: the caption of {name} is empty; write it or remove it")
     return captions

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastppt.config import PromptsConfig
-from fastppt.data.photos import Photo, SquarePhoto
+from fastppt.data.photos import CroppedPhoto, Photo
 from fastppt.families.base import Family, PromptEmbeddings
 
 
@@ -30,6 +32,11 @@ class PromptBank:
     def subject(self, photos: Tensor) -> PromptEmbeddings:
         """Return the subject prompts of the given photos, [B] int64."""
         return self.embeddings[self.subject_rows[photos]]
+
+    def select(self, photos: Sequence[int]) -> PromptBank:
+        """Return the bank of some of the photos; the embeddings are shared."""
+        rows = torch.tensor(photos, device=self.subject_rows.device)
+        return PromptBank(self.embeddings, self.subject_rows[rows], self.sizes[rows])
 
 
 def subject_words(prompts: PromptsConfig) -> str:
@@ -58,18 +65,54 @@ def encode_prompt_bank(
     family: Family,
     prompts: PromptsConfig,
     photos: Sequence[Photo],
-    squares: Sequence[SquarePhoto],
-    resolution: int,
+    crops: Sequence[CroppedPhoto],
 ) -> PromptBank:
     """Encode each different subject prompt once and note which photo has which."""
     texts = [subject_prompt(prompts, photo.caption) for photo in photos]
     unique = list(dict.fromkeys(texts))
     sizes = [
-        family.size_conditions(photo.size, square.crop, (resolution, resolution))
-        for photo, square in zip(photos, squares, strict=True)
+        family.size_conditions(photo.size, crop.crop, crop.size)
+        for photo, crop in zip(photos, crops, strict=True)
     ]
     return PromptBank(
         embeddings=family.encode_prompts(unique),
         subject_rows=torch.tensor([unique.index(text) for text in texts], device=family.device),
         sizes=torch.stack(sizes),
     )
+
+
+def truncation_notes(family: Family, prompts: PromptsConfig, photos: Sequence[Photo]) -> list[str]:
+    """Return a line for each prompt that is not read to its end: where it stands, what is lost."""
+    places = {
+        f"{photo.caption_file} (the caption of {photo.path.name})": photo.caption
+        for photo in photos
+        if photo.caption is not None
+    }
+    places["prompts.template"] = prompts.template
+    for index, context in enumerate(prompts.contexts):
+        places[f"prompts.contexts.{index}"] = context
+    texts = {place: subject_prompt(prompts, text) for place, text in places.items()}
+    texts["prompts.class_prompt"] = class_prompt(prompts)
+    unread = {place: family.truncated_text(text) for place, text in texts.items()}
+    return [
+        f"{place} is longer than {family.model.path} reads; it does not see: {words}"
+        for place, words in unread.items()
+        if words is not None
+    ]
+
+
+@contextmanager
+def quiet_truncation() -> Iterator[None]:
+    """Keep diffusers and transformers from warning of long prompts: `truncation_notes` says more.
+
+    Their warnings name neither the file nor the key, and come once for each text encoder.
+    """
+    loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

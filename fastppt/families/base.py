@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -50,12 +49,15 @@ class Family(Protocol):
     """Side in pixels that the model was trained at."""
     resolution_step: int
     """Photos' sides must be multiples of this many pixels."""
+    largest_side: int | None
+    """Pixels that a photo's side may have at most, where the network has places for so many."""
     repeated_blocks: tuple[str, ...]
     """Class names of the blocks that regional compilation compiles."""
     lora_component: str
-    """Name of the network in LoRA files of the diffusers form, such as `unet`."""
-    kohya_prefix: str
-    """What the network's keys begin with in LoRA files of the kohya form."""
+    """Name of the network in the pipeline and in LoRA files, such as `unet`."""
+    unread_projections: tuple[str, ...]
+    """Paths of the attention projections that have no place for an adapter, since nothing reads
+    their output; other trainers' LoRA files hold adapters of them."""
     kohya_model_version: str
     """What sd-scripts calls the base model."""
     modelspec_architecture: str
@@ -76,6 +78,9 @@ class Family(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return the prompts' embeddings on the device, in the network's dtype."""
+
+    def truncated_text(self, prompt: str) -> str | None:
+        """Return the end of a prompt that no text encoder reads; None if all of it is read."""
 
     def encode_negative(self) -> PromptEmbeddings:
         """Return the one-row embedding that guidance pushes away from."""
@@ -107,14 +112,6 @@ class Family(Protocol):
         self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
     ) -> Tensor:
         """Run the network once; returns its prediction [B, C, h, w] in the network's dtype."""
-
-    def read_lora_state(self, file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Read a LoRA file of any form.
-
-        Returns:
-            Tensors by ``COMPONENT.PATH.lora_A.weight`` and ``.lora_B.weight``, and those alphas
-            that the file gives, by ``COMPONENT.PATH``.
-        """
 
     def sample(
         self,

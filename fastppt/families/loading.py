@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +10,86 @@ import torch
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.names import MINI_MODELS, PIPELINES, family_of_pipeline
+from fastppt.families.checkpoints import LOADING_ERRORS, check_checkpoint, family_of_checkpoint
+from fastppt.families.names import LARGE_TEXT_ENCODERS, MINI_MODELS, PIPELINES, family_of_pipeline
+from fastppt.families.sources import (
+    HUB_HINT,
+    INDEX,
+    Source,
+    cannot_load,
+    load_pipeline,
+    read_index,
+    source_of,
+)
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# The sources of a model that a key of its table belongs to; all others refuse it.
+SOURCES_OF_KEY: dict[str, tuple[Source, ...]] = {
+    "revision": ("hub id",),
+    "variant": ("hub id", "diffusers folder"),
+    "config_folder": ("single file",),
+}
 
 
 def check_model(model: ModelConfig) -> None:
-    """Refuse what is certain to fail, before anything heavy is imported or read.
+    """Refuse what is certain to fail, before anything is imported or read.
 
     Raises:
-        UserError: a pickle, a single file, or a path that is neither a model folder nor a hub id.
+        UserError: a pickle, a path that is no model, or keys that do not go together.
     """
     assert model.path is not None
+    source = source_of(model.path)
+    for key, sources in SOURCES_OF_KEY.items():
+        if getattr(model, key) is not None and source not in sources:
+            raise UserError(
+                f"model.{key}: goes with a {' or a '.join(sources)}, "
+                f"and model {model.path} is a {source}; leave it out"
+            )
+    if source == "diffusers folder":
+        _family_of_folder(Path(model.path))
+    if model.config_folder is not None:
+        _family_of_folder(model.config_folder)
+
+
+def detect_family(model: ModelConfig) -> str:
+    """Check a model as far as that goes without reading its weights, and name its family.
+
+    A hub id costs a look at the hub, or at its cache.
+
+    Raises:
+        UserError: it cannot be found, is of no known family, or does not fit its other keys.
+    """
+    check_model(model)
+    assert model.path is not None
     path = Path(model.path)
-    if model.path in MINI_MODELS:
-        return
-    if path.suffix in PICKLE_SUFFIXES:
-        raise UserError(
-            f"model {path}: a {path.suffix} file is a pickle, which can run code when it is read. "
-            "Use a diffusers folder with .safetensors weights"
-        )
-    if path.is_file():
-        raise UserError(f"model {path}: is a file; give a diffusers folder or a hub id")
-    if path.is_dir():
-        _pipeline_class(path)
-    elif not HUB_ID.fullmatch(model.path):
-        raise UserError(
-            f"model {model.path}: is no folder, no hub id (owner/name), "
-            f"and none of {', '.join(MINI_MODELS)}"
-        )
+    match source_of(model.path):
+        case "mini model":
+            name = MINI_MODELS[model.path]
+        case "single file":
+            name = family_of_checkpoint(path)
+            check_checkpoint(path, name, model)
+        case "diffusers folder":
+            name = _family_of_folder(path)
+        case "hub id":
+            name = _hub_family(model)
+    if model.config_folder is not None:
+        configured = _family_of_folder(model.config_folder)
+        if configured != name:
+            raise UserError(
+                f"model.config_folder {model.config_folder}: is of {configured}, "
+                f"and model {path} is {name}; give the folder of the same model"
+            )
+    choices = {
+        "large_text_encoder": not model.large_text_encoder,
+        "max_tokens": model.max_tokens is not None,
+    }
+    for key, given in choices.items():
+        if given and name not in LARGE_TEXT_ENCODERS:
+            raise UserError(
+                f"model.{key}: is for {', '.join(LARGE_TEXT_ENCODERS)}, "
+                f"and model {path} is {name}; leave it out"
+            )
+    return name
 
 
 def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
@@ -53,20 +100,16 @@ def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
         dtype: Overrides ``model.precision``; float64 is for checks against exact arithmetic.
 
     Raises:
-        UserError: the model cannot be found or read, or is of no known family.
+        UserError: the model cannot be found or read, is not whole, or is of no known family.
     """
-    check_model(model)
+    name = detect_family(model)
     device = resolve_device(model.device)
     if dtype is None:
         dtype = resolve_dtype(model.precision, device)
     if device.type == "cuda":
         # Events and kernel launches go to the current device, not to that of their tensors.
         torch.cuda.set_device(device)
-    pipeline = _load_pipeline(model, dtype)
-    name = family_of_pipeline(type(pipeline).__name__)
-    if name is None:
-        raise UserError(_unknown_pipeline(str(model.path), type(pipeline).__name__))
-    return make_family(name, pipeline, model, device, dtype)
+    return make_family(name, load_pipeline(model, name, dtype), model, device, dtype)
 
 
 def make_family(
@@ -110,9 +153,13 @@ def resolve_resolution(resolution: int | None, family: Family) -> int:
     """Return the side of pictures in pixels; None is the model's own.
 
     Raises:
-        UserError: not a multiple of what the network needs.
+        UserError: not a multiple of what the network needs, or more than it has places for.
     """
     side = resolution or family.native_resolution
+    if family.largest_side is not None and side > family.largest_side:
+        raise UserError(
+            f"resolution must be at most {family.largest_side} for {family.model.path}, got {side}"
+        )
     if side % family.resolution_step:
         near = max(1, round(side / family.resolution_step)) * family.resolution_step
         raise UserError(
@@ -130,43 +177,30 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_path(path: str) -> str:
-    """Return a model folder's absolute path; the name of a mini model or a hub id as it is."""
-    return path if path in MINI_MODELS or not Path(path).is_dir() else str(Path(path).absolute())
+    """Return the absolute path of a file or folder; the name of a mini model or hub id as it is."""
+    return path if path in MINI_MODELS or not Path(path).exists() else str(Path(path).absolute())
 
 
-def _load_pipeline(model: ModelConfig, dtype: torch.dtype) -> Any:
-    if model.path in MINI_MODELS:
-        from fastppt.mini import build_mini
+def _family_of_folder(folder: Path) -> str:
+    return _family_of(str(folder), read_index(folder).get("_class_name"))
 
-        return build_mini(model.path)
-    from diffusers import DiffusionPipeline
 
+def _hub_family(model: ModelConfig) -> str:
+    from huggingface_hub import hf_hub_download
+
+    assert model.path is not None
     try:
-        # The VAE is kept in float32: bf16 latents are visibly coarser.
-        return DiffusionPipeline.from_pretrained(
-            model.path,
-            revision=model.revision,
-            dtype={"vae": torch.promote_types(dtype, torch.float32), "default": dtype},
-            use_safetensors=True,
+        file = hf_hub_download(model.path, INDEX, revision=model.revision)
+    except LOADING_ERRORS as error:
+        raise cannot_load(model, error, HUB_HINT) from error
+    return _family_of_folder(Path(file).parent)
+
+
+def _family_of(model: str, class_name: object) -> str:
+    name = family_of_pipeline(str(class_name))
+    if name is None:
+        trained = ", ".join(name for names in PIPELINES.values() for name in names)
+        raise UserError(
+            f"model {model}: is a {class_name}, which fastppt does not train (it trains {trained})"
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model {model.path}: cannot be loaded ({reason})") from error
-
-
-def _pipeline_class(folder: Path) -> str:
-    index = folder / "model_index.json"
-    try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except FileNotFoundError:
-        raise UserError(f"model {folder}: is no diffusers folder (no model_index.json)") from None
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"model {folder}: {index.name} cannot be read as JSON") from None
-    if family_of_pipeline(str(name)) is None:
-        raise UserError(_unknown_pipeline(str(folder), name))
-    return str(name)
-
-
-def _unknown_pipeline(model: str, name: object) -> str:
-    trained = ", ".join(name for names in PIPELINES.values() for name in names)
-    return f"model {model}: is a {name}, which fastppt does not train (it trains {trained})"
+    return name

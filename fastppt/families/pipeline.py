@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from fastppt.config import ModelConfig
 from fastppt.families.attention import Projections, make_adaptable
@@ -72,6 +73,37 @@ class PipelineFamily:
         posterior = vae.encode(pixels_bchw.to(vae.device, vae.dtype)).latent_dist
         scale, shift = self._latent_scale()
         return (posterior.mean - shift) * scale, posterior.std * scale
+
+    def truncated_text(self, prompt: str) -> str | None:
+        """Return the end of a prompt that no text encoder reads, as `Family` says.
+
+        It is decoded from the tokens, so case and spaces are the tokenizer's.
+        """
+        unread: list[str] = []
+        for tokenizer, num_tokens in self._tokenizers():
+            tokens = tokenizer(prompt, verbose=False).input_ids
+            if len(tokens) <= num_tokens:
+                return None
+            # Cut or not, the last place is the end token's.
+            unread.append(tokenizer.decode(tokens[num_tokens - 1 : -1]).strip())
+        return min(unread, key=len)
+
+    def _tokenizers(self) -> list[tuple[Any, int]]:
+        """Return the tokenizers of the text encoders that are used, and the tokens they take."""
+        parts = self._pipeline.components
+        used = [
+            parts[name.replace("text_encoder", "tokenizer")]
+            for name, part in parts.items()
+            if name.startswith("text_encoder") and part is not None
+        ]
+        # A CLIP has learned so many positions; a T5 takes any number.
+        clip_tokens = min(t.model_max_length for t in used if isinstance(t, CLIPTokenizer))
+        return [
+            (tokenizer, clip_tokens)
+            if isinstance(tokenizer, CLIPTokenizer)
+            else (tokenizer, self.model.max_tokens or clip_tokens)
+            for tokenizer in used
+        ]
 
     def release_encoders(self) -> None:
         """Move the text encoders and the VAE to host memory."""

@@ -6,11 +6,9 @@ Shape legend: B batch, N prompts, K text tokens, D text width, W pooled width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from fastppt.families.base import PromptEmbeddings
@@ -22,7 +20,7 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     lora_component = "unet"
-    kohya_prefix = "lora_unet"
+    unread_projections: tuple[str, ...] = ()
     kohya_model_version = "sdxl_base_v1-0"
     modelspec_architecture = "stable-diffusion-xl-v1-base"
 
@@ -62,25 +60,6 @@ class StableDiffusionXL(UNetFamily):
             return_dict=False,
         )[0]
         return prediction
-
-    def read_lora_state(self, file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Read a LoRA file of any form through diffusers' own reader, as `Family` says."""
-        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            str(file),
-            unet_config=self._pipeline.unet.config,
-            use_safetensors=True,
-            return_lora_metadata=True,
-        )
-        state = convert_unet_state_dict_to_peft(state)
-        # diffusers notes an alpha under the name of the down-projection that it came with.
-        named = {
-            key.removesuffix(".lora_A.weight.alpha"): float(alpha)
-            for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items()
-        }
-        if metadata and f"{self.lora_component}.lora_alpha" in metadata:
-            alpha = float(metadata[f"{self.lora_component}.lora_alpha"])
-            named = {key.rpartition(".lora_")[0]: alpha for key in state}
-        return state, named
 
     def _painter(self) -> StableDiffusionXLPipeline:
         return StableDiffusionXLPipeline(

@@ -32,6 +32,7 @@ class UNetFamily(PipelineFamily):
     """
 
     repeated_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
+    largest_side: int | None = None
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype

@@ -4,21 +4,24 @@ Nothing is downloaded. `build_mini` makes a real diffusers pipeline of random we
 `draw_demo_photos` draws five photos of one subject to train it on.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastppt.mini.photos import draw_demo_photos
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["build_mini", "draw_demo_photos"]
+__all__ = ["MINI_MODELS", "MiniModel", "build_mini", "draw_demo_photos"]
+
+MiniModel = Literal["mini-sd", "mini-sdxl", "mini-sd3"]
+MINI_MODELS: tuple[str, ...] = get_args(MiniModel)
 
 
 def build_mini(name: str, seed: int = 0) -> "DiffusionPipeline":
     """Build a mini model of random weights, in evaluation mode, float32, on the CPU.
 
     Args:
-        name: `mini-sd`, `mini-sdxl` or `mini-sd3`.
+        name: One of `MINI_MODELS`.
         seed: Decides the weights: the same seed gives the same pipeline, bit for bit.
 
     Raises:
@@ -38,4 +41,4 @@ def build_mini(name: str, seed: int = 0) -> "DiffusionPipeline":
             from fastppt.mini.sd3 import build_mini_sd3
 
             return build_mini_sd3(seed)
-    raise ValueError(f"no mini model {name!r}: there are mini-sd, mini-sdxl and mini-sd3")
+    raise ValueError(f"no mini model {name!r}: there are {', '.join(MINI_MODELS)}")

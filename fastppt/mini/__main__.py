@@ -1,15 +1,23 @@
-"""The commands of the mini model: ``python -m fastppt.mini photos|export DIR``."""
+"""The commands of the mini models: ``python -m fastppt.mini photos|export|checkpoint PATH``."""
 
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
+from fastppt.mini import MiniModel, build_mini
 from fastppt.mini.photos import draw_demo_photos
 
-app = typer.Typer(help="The embedded small model and its demo photos.", no_args_is_help=True)
+app = typer.Typer(help="The embedded small models and their demo photos.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; made if missing.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="File to write; ends in .safetensors.")]
+Model = Annotated[MiniModel, typer.Option(help="Which of the mini models.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")]
 
 
@@ -22,25 +30,83 @@ def photos(directory: Directory, seed: Seed = 0) -> None:
 
 
 @app.command()
-def export(directory: Directory, seed: Seed = 0) -> None:
-    """Save the mini SDXL of random weights into DIR, as a diffusers folder of safetensors."""
+def export(directory: Directory, model: Model = "mini-sdxl", seed: Seed = 0) -> None:
+    """Save a mini model of random weights into DIR, as a diffusers folder of safetensors."""
     _refuse_file(directory, "export")
     if directory.is_dir() and any(directory.iterdir()):
         _refuse(f"export: {directory} is not empty. Give a new or an empty folder.")
-    # Here and not above: diffusers takes seconds to import, and the photos do not need it.
+    # Here and not above: transformers takes seconds to import, and the photos do not need it.
     from transformers.utils.logging import disable_progress_bar
 
-    from fastppt.mini.sdxl import build_mini_sdxl
-
     disable_progress_bar()
-    pipeline = build_mini_sdxl(seed)
-    pipeline.save_pretrained(directory, safe_serialization=True)
-    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    pipeline = build_mini(model, seed)
+
+    with _refused_when_unwritable(directory, "export"):
+        _fill_folder(directory, pipeline.save_pretrained)
+    typer.echo(f"export: wrote {_describe(pipeline, model, seed)} to {directory}")
+
+
+@app.command()
+def checkpoint(file: File, model: Model = "mini-sdxl", seed: Seed = 0) -> None:
+    """Save a mini model of random weights as one file in the layout of published checkpoints."""
+    _refuse_file(file.parent, "checkpoint")
+    if file.suffix != ".safetensors":
+        _refuse(f"checkpoint: {file} does not end in .safetensors. Give another name.")
+    if file.exists():
+        _refuse(f"checkpoint: {file} exists already. Delete it, or give another name.")
+    from safetensors.torch import save
+
+    from fastppt.mini.single_file import original_state
+
+    pipeline = build_mini(model, seed)
+    content = save(original_state(pipeline), metadata={"format": "pt"})
+    with _refused_when_unwritable(file, "checkpoint"):
+        _write_file(file, content)
+    typer.echo(f"checkpoint: wrote {_describe(pipeline, model, seed)} to {file}")
+
+
+def _describe(pipeline: Any, model: str, seed: int) -> str:
+    from torch import nn
+
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     num_parameters = sum(weight.numel() for net in networks for weight in net.parameters())
-    typer.echo(
-        f"export: wrote a mini SDXL pipeline of {num_parameters / 1e6:.2f} M parameters"
-        f" (random weights, seed {seed}) to {directory}"
-    )
+    return f"{model} of {num_parameters / 1e6:.2f} M parameters (random weights, seed {seed})"
+
+
+def _fill_folder(directory: Path, write: Callable[[Path], object]) -> None:
+    """Write a diffusers folder in a corner of its own, and move its parts into place.
+
+    ``model_index.json`` comes last: a folder without it is no model. The folder itself stays what
+    it is, since it may be somebody's working directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".{os.getpid()}.tmp"
+    try:
+        write(aside)
+        for part in sorted(aside.iterdir(), key=lambda part: part.name == "model_index.json"):
+            part.replace(directory / part.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_file(file: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it: it is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refused_when_unwritable(path: Path, command: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        _refuse(f"{command}: {path} cannot be written ({reason}). Give another path.")
 
 
 def _refuse_file(directory: Path, command: str) -> None:

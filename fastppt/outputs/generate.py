@@ -21,6 +21,9 @@ from fastppt.trainables.lora import LoraAdapters
 
 CONFIG_FILE = "config.toml"
 LONGEST_STEM = 60
+# The keys of the model table that say which model it is, and those that say how it reads prompts.
+MODEL_KEYS = {"path", "revision", "variant", "config_folder", "vae"}
+PROMPT_KEYS = {"large_text_encoder", "max_tokens"}
 
 
 def run_config_of(lora: Path) -> RunConfig | None:
@@ -91,15 +94,17 @@ def generate(
 
 
 def _model_config(config: RunConfig | None, given: Mapping[str, str | None]) -> ModelConfig:
-    # Not the run's device and precision: pictures are drawn on whatever is here.
-    base = config.model.model_dump(include={"path", "revision"}) if config else {}
     wanted = {key: value for key, value in given.items() if value is not None}
+    # Not the run's device and precision: pictures are drawn on whatever is here. Another model
+    # keeps what says how prompts are read, and nothing that says where the run's model is.
+    keys = PROMPT_KEYS if "path" in wanted else MODEL_KEYS | PROMPT_KEYS
+    base = config.model.model_dump(include=keys) if config else {}
     try:
         return ModelConfig.model_validate(base | wanted)
     except ValidationError as error:
-        keys = ", ".join(f"model.{'.'.join(map(str, item['loc']))}" for item in error.errors())
+        wrong = ", ".join(f"model.{'.'.join(map(str, item['loc']))}" for item in error.errors())
         raise UserError(
-            f"{keys}: not a value that fastppt knows; see `fastppt generate --help`"
+            f"{wrong}: not a value that fastppt knows; see `fastppt generate --help`"
         ) from None
 
 

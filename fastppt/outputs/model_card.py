@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
-from fastppt.config import RunConfig
+from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
+from fastppt.families.lora_keys import has_kohya_form
+from fastppt.families.names import MINI_MODELS, PIPELINES
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
 from fastppt.trainables.lora import LoraAdapters
 
-LOAD_MODEL = {
-    "mini-sdxl": 'from fastppt.mini import build_mini\n\npipe = build_mini("mini-sdxl")',
+# Where other programs look for a LoRA, by whether it has the kohya form: A1111 and Forge read no
+# other.
+PROGRAMS = {
+    True: (
+        "| ComfyUI | `models/loras/`, then the node *Load LoRA* |\n"
+        "| A1111, Forge | `models/Lora/`, then `<lora:{name}:1>` in the prompt |"
+    ),
+    False: "| ComfyUI | `models/loras/`, then the node *Load LoRA* |",
 }
-LOAD_ANY = (
-    "import torch\n"
-    "from diffusers import DiffusionPipeline\n\n"
-    'pipe = DiffusionPipeline.from_pretrained({path}, torch_dtype=torch.bfloat16).to("cuda")'
-)
 
 
 def model_card(
@@ -28,7 +32,7 @@ def model_card(
     name, subject = run_name(config), subject_words(config.prompts)
     prompt = subject_prompt(config.prompts)
     path = str(config.model.path)
-    load_model = LOAD_MODEL.get(path, LOAD_ANY.format(path=json.dumps(path)))
+    programs = PROGRAMS[has_kohya_form(family.name)].format(name=name)
     steps = sum(stage.steps for stage in config.stage)
     return f"""\
 ---
@@ -58,7 +62,7 @@ fastppt generate --lora . --prompt {shlex.quote(prompt)} --count 4
 With diffusers (needs `pip install peft`):
 
 ```python
-{load_model}
+{_load_code(config.model, family)}
 pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
 image = pipe({json.dumps(prompt)}).images[0]
 ```
@@ -67,8 +71,7 @@ In other programs, put `{name}.safetensors` into
 
 | program | folder |
 |---|---|
-| ComfyUI | `models/loras/`, then the node *Load LoRA* |
-| A1111, Forge | `models/Lora/`, then `<lora:{name}:1>` in the prompt |
+{programs}
 
 ## How it was made
 
@@ -83,3 +86,32 @@ In other programs, put `{name}.safetensors` into
 
 `config.toml` reproduces the run: `fastppt train config.toml --output ELSEWHERE`.
 """
+
+
+def _load_code(model: ModelConfig, family: Family) -> str:
+    """Return the Python lines that load the base model as the run did."""
+    path = str(model.path)
+    if path in MINI_MODELS:
+        return f'from fastppt.mini import build_mini\n\npipe = build_mini("{path}")'
+    (pipeline, *_) = PIPELINES[family.name]
+    options = {
+        "revision": model.revision,
+        "variant": model.variant,
+        "config": None if model.config_folder is None else str(model.config_folder),
+    }
+    arguments = [json.dumps(path)]
+    arguments += [f"{key}={json.dumps(value)}" for key, value in options.items() if value]
+    classes, before = [pipeline], ""
+    if model.vae is not None:
+        classes.insert(0, "AutoencoderKL")
+        before = f"vae = AutoencoderKL.{_loader(model.vae)}({json.dumps(model.vae)})\n"
+        arguments.append("vae=vae")
+    return (
+        f"import torch\nfrom diffusers import {', '.join(classes)}\n\n{before}"
+        f"pipe = {pipeline}.{_loader(path)}(\n    {', '.join(arguments)}\n)\n"
+        'pipe.to("cuda", torch.bfloat16)'
+    )
+
+
+def _loader(path: str) -> str:
+    return "from_single_file" if Path(path).suffix == ".safetensors" else "from_pretrained"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 
 from fastppt.config import RunConfig, StageConfig, TrainablesConfig
-from fastppt.config_io import check_complete
-from fastppt.data.latents import LatentBank, encode_latents
-from fastppt.data.photos import Photo, find_photos, square_photo
-from fastppt.data.prompts import PromptBank, encode_prompt_bank, sample_prompts, subject_prompt
+from fastppt.config_io import check_complete, check_recipe_fits
+from fastppt.data.buckets import Bucket, bucket_of_draw
+from fastppt.data.photos import find_photos
+from fastppt.data.prompts import subject_prompt
 from fastppt.errors import UserError
-from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.families.base import Family
 from fastppt.families.loading import (
     PRECISIONS,
-    check_model,
+    detect_family,
     load_family,
     resolve_path,
     resolve_resolution,
@@ -35,7 +35,9 @@ from fastppt.outputs.model_card import model_card
 from fastppt.outputs.samples import draw_samples, write_grid
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.training.checkpoint import save_checkpoint
+from fastppt.training.encoding import SampleSheet, encode
 from fastppt.training.engine import prepare_engine, resolve_engine
+from fastppt.training.loss_scale import LossScale
 from fastppt.training.progress import ProgressLine
 from fastppt.training.ring import MetricRing
 from fastppt.training.schedule import learning_rate_factor
@@ -43,16 +45,7 @@ from fastppt.training.step import METRICS, Step, run_step
 from fastppt_kernels import AnchoredAdamW
 
 # What the run's seed is split into, so that no two kinds of chance share a stream.
-ADAPTER_STREAM, STEP_STREAM = 0, 1
-
-
-@dataclass(frozen=True)
-class SampleSheet:
-    """The prompts of the sample grid, encoded while the text encoders were on the device."""
-
-    captions: list[str]
-    prompts: PromptEmbeddings
-    negative: PromptEmbeddings
+ADAPTER_STREAM, STEP_STREAM, BUCKET_STREAM = 0, 1, 2
 
 
 @dataclass
@@ -102,8 +95,8 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
     """
     check_complete(config)
     folder = check_output(config, overwrite)
-    assert config.model.path is not None and config.photos.folder is not None
-    check_model(config.model)
+    assert config.photos.folder is not None
+    check_recipe_fits(config, detect_family(config.model))
     if config.tensorboard:
         check_tensorboard()
     photos = find_photos(config.photos.folder)
@@ -114,11 +107,12 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
         adapters = build_adapters(config, family)
     console.print(_headline(config, family, adapters, len(photos)))
     with result.phase("encode"):
-        latents, prompts, sheet = encode(config, family, photos)
+        buckets, sheet = encode(config, family, photos, console)
     open_folder(folder, config)
     prepare_engine(config.engine, family)
-    _Run(config, family, adapters, latents, prompts, sheet, result, console).go()
-    result.files = save(folder, config, family, adapters, result, len(photos))
+    _Run(config, family, adapters, buckets, sheet, result, console).go()
+    photo_counts = {bucket.size: bucket.num_photos for bucket in buckets}
+    result.files = save(folder, config, family, adapters, result, photo_counts)
     return result
 
 
@@ -131,8 +125,11 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
     resolution = resolve_resolution(config.photos.resolution, family)
     assert config.model.path is not None
     assert config.photos.folder is not None and config.output is not None
+    vae, config_folder = config.model.vae, config.model.config_folder
     model = {
         "path": resolve_path(config.model.path),
+        "vae": resolve_path(vae) if vae is not None else None,
+        "config_folder": config_folder.absolute() if config_folder is not None else None,
         "device": str(family.device),
         "precision": PRECISIONS.get(family.dtype, config.model.precision),
     }
@@ -179,32 +176,16 @@ def build_adapters(
     return adapters
 
 
-def encode(
-    config: RunConfig, family: Family, photos: list[Photo]
-) -> tuple[LatentBank, PromptBank, SampleSheet]:
-    """Encode photos and prompts once, then take the encoders off the device."""
-    resolution = config.photos.resolution
-    assert resolution is not None
-    squares = [square_photo(photo, resolution) for photo in photos]
-    latents = encode_latents(family, squares)
-    prompts = encode_prompt_bank(family, config.prompts, photos, squares, resolution)
-    captions = sample_prompts(config.prompts)
-    sheet = SampleSheet(captions, family.encode_prompts(captions), family.encode_negative())
-    family.release_encoders()
-    return latents, prompts, sheet
-
-
-def build_step(
+def build_steps(
     config: RunConfig,
     stage: StageConfig,
     family: Family,
     adapters: LoraAdapters,
-    latents: LatentBank,
-    prompts: PromptBank,
+    buckets: Sequence[Bucket],
     ring: MetricRing,
     generator: torch.Generator,
-) -> Step:
-    """Make everything that the steps of a stage read and write."""
+) -> list[Step]:
+    """Make everything that the steps of a stage read and write; one step a bucket."""
     like = adapters.arena.flat
     learning_rate = torch.zeros((), device=like.device, dtype=like.dtype)
     settings = stage.optimizer
@@ -215,7 +196,21 @@ def build_step(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
     )
-    return Step(family, stage, latents, prompts, optimizer, learning_rate, generator, ring)
+    loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
+    return [
+        Step(
+            family,
+            stage,
+            bucket.latents,
+            bucket.prompts,
+            optimizer,
+            learning_rate,
+            generator,
+            ring,
+            loss_scale,
+        )
+        for bucket in buckets
+    ]
 
 
 def new_generator(config: RunConfig, family: Family) -> torch.Generator:
@@ -237,8 +232,7 @@ class _Run:
     config: RunConfig
     family: Family
     adapters: LoraAdapters
-    latents: LatentBank
-    prompts: PromptBank
+    buckets: list[Bucket]
     sheet: SampleSheet
     result: RunResult
     console: Console
@@ -267,18 +261,12 @@ class _Run:
         """Train one stage from where the last one ended."""
         assert stage.trainables.lora is not None
         config, base_rate = self.config, stage.trainables.lora.learning_rate
-        step = build_step(
-            self.config,
-            stage,
-            self.family,
-            self.adapters,
-            self.latents,
-            self.prompts,
-            self.ring,
-            self.generator,
+        steps = build_steps(
+            config, stage, self.family, self.adapters, self.buckets, self.ring, self.generator
         )
         for number in range(stage.steps):
             with self.result.phase("train" if self.done else "first step"):
+                step = steps[self.pick_bucket()]
                 step.learning_rate.fill_(base_rate * learning_rate_factor(stage, number))
                 run_step(step)
                 self.done += 1
@@ -290,7 +278,14 @@ class _Run:
             if self._due(config.checkpoint_every):
                 with self.result.phase("save"):
                     folder = self.result.folder.checkpoint(self.done)
-                    save_checkpoint(folder, self.family, self.adapters)
+                    save_checkpoint(folder, self.family, self.adapters, self.config.save_dtype)
+
+    def pick_bucket(self) -> int:
+        """Return the bucket of the next step: of seed and step number alone, so on the host."""
+        if len(self.buckets) == 1:
+            return 0
+        draw = split_seed(split_seed(self.config.seed, BUCKET_STREAM), self.done)
+        return bucket_of_draw(draw, [bucket.num_photos for bucket in self.buckets])
 
     def finish_steps(self) -> None:
         """Wait for the steps that are under way, and note the most memory that they took."""
@@ -358,11 +353,12 @@ def save(
     family: Family,
     adapters: LoraAdapters,
     result: RunResult,
-    num_photos: int,
+    photo_counts: dict[tuple[int, int], int],
 ) -> list[Path]:
     """Write the LoRA files and the model card; returns the files to use."""
+    num_photos = sum(photo_counts.values())
     with result.phase("save"):
-        files = write_lora_files(folder.root, config, family, adapters, num_photos)
+        files = write_lora_files(folder.root, config, family, adapters, photo_counts)
         seconds = result.seconds["first step"] + result.seconds.get("train", 0.0)
         write_file(folder.card, model_card(config, family, adapters, num_photos, seconds))
     grids = [folder.grid(sum(stage.steps for stage in config.stage))]

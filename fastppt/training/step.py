@@ -18,6 +18,7 @@ from fastppt.data.latents import PLAIN_VIEW, LatentBank
 from fastppt.data.prompts import PromptBank
 from fastppt.families.base import Family
 from fastppt.objectives.denoising import denoising_losses
+from fastppt.training.loss_scale import LossScale
 from fastppt.training.ring import MetricRing
 from fastppt_kernels import AnchoredAdamW
 
@@ -49,9 +50,12 @@ class Draws:
 class Step:
     """Everything that a step of one stage reads and writes.
 
+    The steps of a stage's buckets share all but latents and prompts.
+
     Attributes:
         learning_rate: 0-dim tensor on the device, also the optimizer's; the loop writes it.
         generator: The run's own, on the device; nothing else draws from it.
+        loss_scale: Of a network in float16; None for the others.
     """
 
     family: Family
@@ -62,6 +66,7 @@ class Step:
     learning_rate: Tensor
     generator: torch.Generator
     ring: MetricRing
+    loss_scale: LossScale | None
 
 
 def run_step(step: Step) -> None:
@@ -78,9 +83,9 @@ def run_step(step: Step) -> None:
     denoising = torch.zeros_like(step.learning_rate)
     for _ in range(stage.gradient_accumulation):
         loss = denoising_pass(step, draw(step)) / stage.gradient_accumulation
-        (weight * loss).backward()
+        _scaled(step, weight * loss).backward()
         denoising += loss.detach()
-    step.optimizer.step()
+    step.optimizer.step(skip=_unscale_gradients_(step))
     step.optimizer.zero_grad(set_to_none=False)
     penalty, grad_norm = step.optimizer.penalty, step.optimizer.grad_norm
     total = weight * denoising + penalty
@@ -118,3 +123,15 @@ def denoising_pass(step: Step, draws: Draws) -> Tensor:
         step.prompts.sizes[draws.photos],
     )
     return denoising_losses(prediction, target).mean()
+
+
+def _scaled(step: Step, loss: Tensor) -> Tensor:
+    return loss if step.loss_scale is None else loss * step.loss_scale.scale
+
+
+def _unscale_gradients_(step: Step) -> Tensor | None:
+    """Take the loss scale out of the gradients; returns whether to skip the step, on the device."""
+    if step.loss_scale is None:
+        return None
+    params = (param for group in step.optimizer.param_groups for param in group["params"])
+    return step.loss_scale.unscale_([param.grad for param in params])

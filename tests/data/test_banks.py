@@ -8,7 +8,7 @@ import torch
 
 from fastppt.config import PromptsConfig
 from fastppt.data.latents import encode_latents
-from fastppt.data.photos import find_photos, square_photo
+from fastppt.data.photos import crop_photo, find_photos
 from fastppt.data.prompts import (
     class_prompt,
     encode_prompt_bank,
@@ -21,7 +21,7 @@ PROMPTS = PromptsConfig(class_noun="robot")
 
 
 def test_latents_of_a_photo_follow_its_posterior(family: Family, photos: Path) -> None:
-    squares = [square_photo(photo, 64) for photo in find_photos(photos)]
+    squares = [crop_photo(photo, (64, 64)) for photo in find_photos(photos)]
     bank = encode_latents(family, squares)
     assert bank.posteriors.shape == (5, 1, 2, 4, 16, 16)
     assert bank.num_photos == 5 and bank.latent_shape == (4, 16, 16)
@@ -54,8 +54,8 @@ def test_prompts_are_encoded_once_and_found_by_photo(
     files = [photo.path for photo in find_photos(tmp_path)]
     files[1].with_suffix(".txt").write_text("{subject} in the snow")
     found = find_photos(tmp_path)
-    squares = [square_photo(photo, 64) for photo in found]
-    bank = encode_prompt_bank(family, PROMPTS, found, squares, 64)
+    squares = [crop_photo(photo, (64, 64)) for photo in found]
+    bank = encode_prompt_bank(family, PROMPTS, found, squares)
     assert len(bank.embeddings.tokens) == 2
     wanted = family.encode_prompts(["a photo of sks robot", "sks robot in the snow"])
     subject = bank.subject(torch.tensor([4, 1]))

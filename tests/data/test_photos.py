@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastppt.data.photos import find_photos, square_photo
+from fastppt.data.photos import crop_photo, find_photos
 from fastppt.errors import UserError
 
 
@@ -27,7 +27,7 @@ def colour(pixels: torch.Tensor, y: int, x: int) -> list[int]:
 
 def only_photo(folder: Path, resolution: int = 32) -> torch.Tensor:
     (photo,) = find_photos(folder)
-    return square_photo(photo, resolution).pixels
+    return crop_photo(photo, (resolution, resolution)).pixels
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.webp"])
@@ -46,12 +46,37 @@ def test_short_side_is_scaled_and_the_middle_cut_out(
 ) -> None:
     striped(*size).save(tmp_path / "a.png")
     (photo,) = find_photos(tmp_path)
-    square = square_photo(photo, 32)
+    square = crop_photo(photo, (32, 32))
     assert square.crop == crop
     assert photo.size == (size[1], size[0])
     assert square.pixels.shape == (3, 32, 32)
     if size[0] > size[1]:
         assert colour(square.pixels, 16, 16) == [0, 255, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "scaled"),
+    # (width, height) of the photo; (height, width) of what is cut out and of the scaled photo.
+    [
+        ((90, 30), (32, 48), (32, 96)),
+        ((60, 30), (48, 32), (48, 96)),
+        ((30, 60), (32, 48), (96, 48)),
+        ((96, 64), (32, 48), (32, 48)),
+    ],
+)
+def test_the_middle_of_any_shape_is_cut_out_of_the_covering_photo(
+    tmp_path: Path, size: tuple[int, int], target: tuple[int, int], scaled: tuple[int, int]
+) -> None:
+    striped(*size).save(tmp_path / "a.png")
+    (photo,) = find_photos(tmp_path)
+    cropped = crop_photo(photo, target)
+    assert cropped.pixels.shape == (3, *target) and cropped.size == target
+    assert cropped.crop == ((scaled[0] - target[0]) // 2, (scaled[1] - target[1]) // 2)
+    whole = Image.open(photo.path).resize(scaled[::-1], Image.Resampling.LANCZOS)
+    top, left = cropped.crop
+    cut = np.asarray(whole)[top : top + target[0], left : left + target[1]]
+    wanted = torch.from_numpy(cut.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    assert torch.equal(cropped.pixels, wanted)
 
 
 @pytest.mark.parametrize("size", [(33, 50), (100, 67), (31, 31), (2000, 3)])
@@ -66,7 +91,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     striped(64, 32).save(tmp_path / "a.jpg", exif=exif, quality=95)
     (photo,) = find_photos(tmp_path)
     assert photo.size == (64, 32)
-    pixels = square_photo(photo, 32).pixels
+    pixels = crop_photo(photo, (32, 32)).pixels
     # The left red stripe is at the top now; the crop keeps the middle, green.
     assert colour(pixels, 16, 1)[1] > 200 and colour(pixels, 16, 30)[1] > 200
 
@@ -103,6 +128,8 @@ def test_captions_come_from_text_beside_or_from_one_file(tmp_path: Path) -> None
     assert [photo.path.name for photo in photos] == ["a.jpg", "b.png", "c.webp"]
     captions = [photo.caption for photo in photos]
     assert captions == ["a photo of {subject} outside", None, "seen from above"]
+    files = [photo.caption_file for photo in photos]
+    assert files == [tmp_path / "a.txt", None, tmp_path / "captions.toml"]
 
 
 @pytest.mark.parametrize(

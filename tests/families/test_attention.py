@@ -12,16 +12,15 @@ from torch import Tensor
 from fastppt.config import LoraConfig, ModelConfig
 from fastppt.families.attention import AdapterSwitch, make_adaptable
 from fastppt.families.backends import resolve_attention
-from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
 
 
 def predict(family: Family) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    noisy, tokens, pooled = draw(2, 4, 16, 16), draw(2, 24, 128), draw(2, 64)
-    prompts = PromptEmbeddings(tokens.to(family.dtype), pooled.to(family.dtype))
+    noisy = torch.randn(2, 4, 16, 16, generator=generator, dtype=torch.float64)
+    prompts = family.encode_prompts(["a photo of a dog", "a red toy on the beach"])
     sizes = torch.tensor([[64.0, 48, 0, 3, 64, 64]] * 2, dtype=family.dtype)
     return family.predict(noisy, torch.tensor([5, 900]), prompts, sizes)
 

@@ -4,10 +4,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import Attention
 from PIL import Image
-from typer.testing import CliRunner
 
-from fastppt.mini import draw_demo_photos
-from fastppt.mini.__main__ import app
 from fastppt.mini.sdxl import build_mini_sdxl
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -83,8 +80,23 @@ def test_cross_attention_at_two_resolutions_of_different_depth(pipeline):
 
 def test_pooled_text_and_time_ids_enter_the_time_embedding(pipeline):
     assert pipeline.unet.config.addition_embed_type == "text_time"
-    # six numbers of 32 and a pooled text of 64, as the pipeline's own check computes it
-    assert pipeline.unet.add_embedding.linear_1.in_features == 6 * 32 + 64
+    # six numbers of 32 and a pooled text of 80, as the pipeline's own check computes it
+    assert pipeline.unet.add_embedding.linear_1.in_features == 6 * 32 + 80
+
+
+def test_attention_reads_the_tokens_of_two_encoders_of_different_width(pipeline):
+    widths = [
+        encoder.config.hidden_size for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
+    ]
+    assert widths == [48, 80]
+    assert pipeline.unet.config.cross_attention_dim == sum(widths)
+
+
+def test_first_block_has_no_attention(pipeline):
+    # By this readers of files tell it from SD 1 and 2.
+    names = [name for name, _ in pipeline.unet.named_modules()]
+    assert not any(name.startswith("down_blocks.0.attentions") for name in names)
+    assert any(name.startswith("down_blocks.1.attentions") for name in names)
 
 
 def test_default_image_has_64_pixels_a_side(pipeline):
@@ -180,9 +192,9 @@ def test_pooled_text_is_taken_at_the_first_end_token(pipeline):
             assert torch.equal(output.pooler_output, wanted)
 
 
-def test_latents_of_the_demo_photos_have_a_deviation_near_one(pipeline, tmp_path):
-    photos = [Image.open(path).resize((64, 64)) for path in draw_demo_photos(tmp_path)]
-    pixels = torch.from_numpy(np.stack([np.asarray(photo) for photo in photos]))
+def test_latents_of_the_demo_photos_have_a_deviation_near_one(pipeline, photos):
+    images = [Image.open(path).resize((64, 64)) for path in sorted(photos.iterdir())]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     pixels = pixels.permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posterior = pipeline.vae.encode(pixels).latent_dist
@@ -197,23 +209,3 @@ def test_saved_pipeline_draws_the_same_image(pipeline, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert loaded.config.force_zeros_for_empty_prompt
     np.testing.assert_array_equal(draw(loaded, PROMPTS[1]), draw(pipeline, PROMPTS[1]))
-
-
-def test_export_writes_a_folder_that_diffusers_loads(pipeline, tmp_path):
-    directory = tmp_path / "mini"
-    result = CliRunner().invoke(app, ["export", str(directory)])
-    assert result.exit_code == 0
-    assert len(result.output.splitlines()) == 1
-    assert (directory / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-    assert not list(directory.rglob("*.bin"))
-    loaded = weights(StableDiffusionXLPipeline.from_pretrained(directory, add_watermarker=False))
-    assert all(torch.equal(loaded[key], value) for key, value in weights(pipeline).items())
-
-
-def test_export_refuses_a_folder_that_is_not_empty(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    result = CliRunner().invoke(app, ["export", str(tmp_path)])
-    assert result.exit_code == 2
-    assert len(result.output.splitlines()) == 1
-    assert "not empty" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppt.config import LoraConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
 from fastppt.trainables.lora import LoraAdapters
 
 ALL = ["*.to_q", "*.to_k", "*.to_v", "*.to_out.0"]
@@ -19,7 +19,7 @@ ALL = ["*.to_q", "*.to_k", "*.to_v", "*.to_out.0"]
 def adapters_for(family: Family, config: LoraConfig) -> LoraAdapters:
     """Adapters with values that are not zero anywhere."""
     adapters = LoraAdapters(
-        family.network, config, seed=0, device=family.device, dtype=torch.float64
+        family.make_adaptable(), config, seed=0, device=family.device, dtype=torch.float64
     )
     generator = torch.Generator().manual_seed(3)
     for pair in adapters.pairs:
@@ -30,7 +30,7 @@ def adapters_for(family: Family, config: LoraConfig) -> LoraAdapters:
 def loss_of(network: torch.nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    conditions = {"text_embeds": draw(2, 64), "time_ids": draw(2, 6)}
+    conditions = {"text_embeds": draw(2, TEXT_WIDTH_2), "time_ids": draw(2, 6)}
     prediction = network(
         draw(2, 4, 16, 16), torch.tensor([5, 900]), draw(2, 24, 128), added_cond_kwargs=conditions
     ).sample
@@ -96,7 +96,7 @@ def grads_by_name(adapters: LoraAdapters) -> dict[str, tuple[Tensor, Tensor]]:
 def test_new_adapters_change_nothing(family_float64: Family) -> None:
     before = loss_of(family_float64.network)
     LoraAdapters(
-        family_float64.network,
+        family_float64.make_adaptable(),
         LoraConfig(rank=4),
         seed=0,
         device=family_float64.device,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fastppt.config import ModelConfig, RunConfig
@@ -14,13 +15,8 @@ from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
-from fastppt.training.loop import (
-    build_adapters,
-    build_step,
-    encode,
-    new_generator,
-    resolve,
-)
+from fastppt.training.encoding import encode
+from fastppt.training.loop import build_adapters, build_steps, new_generator, resolve
 from fastppt.training.ring import MetricRing
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.step import METRICS, Step, draw, run_step
@@ -30,13 +26,15 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def prepared(config: RunConfig, family: Family) -> tuple[Step, LoraAdapters]:
-    """A step of the first stage, and the adapters it trains; dtype follows the family."""
+    """A step of the first stage, and the adapters it trains, in float64 if the family is."""
     config = resolve(config, family)
-    adapters = build_adapters(config, family, dtype=family.dtype)
-    latents, prompts, _ = encode(config, family, find_photos(config.photos.folder))
+    dtype = torch.promote_types(family.dtype, torch.float32)
+    adapters = build_adapters(config, family, dtype=dtype)
+    photos = find_photos(config.photos.folder)
+    buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(METRICS, 64, family.device)
     generator = new_generator(config, family)
-    step = build_step(config, config.stage[0], family, adapters, latents, prompts, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
     step.learning_rate.fill_(config.stage[0].trainables.lora.learning_rate)
     return step, adapters
 

@@ -1,0 +1,191 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): flow matching, joint attention.
+
+Shape legend: B batch, N prompts, K text tokens, D text width, W pooled width, C latent channels,
+h and w latent height and width, T diffusion timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from fastppt.config import ModelConfig
+from fastppt.errors import UserError
+from fastppt.families.attention import Projections
+from fastppt.families.base import PromptEmbeddings
+from fastppt.families.joint_attention import make_joint_adaptable
+from fastppt.families.pipeline import PipelineFamily
+
+
+class StableDiffusion3(PipelineFamily):
+    """SD3: two CLIPs and a T5, pooled text in the time embedding, rectified flow.
+
+    A prompt's tokens are those that the CLIPs read, then ``model.max_tokens`` of the T5. Where the
+    T5 is dropped (``model.large_text_encoder = false``, or none in the model) the CLIPs' tokens are
+    all: diffusers' pipeline puts rows of zeros in the T5's place, which cost attention and tell the
+    network nothing, so leaving them out is our choice, in training and in pictures.
+
+    Args:
+        pipeline: As of `PipelineFamily`, and so the others. The T5 is taken out of it if dropped.
+        model: Where it came from.
+        device: Where the network trains.
+        dtype: Of the network and the text encoders.
+
+    Raises:
+        UserError: a scheduler of another kind, or ``model.max_tokens`` without a T5.
+    """
+
+    name = "sd3"
+    repeated_blocks: tuple[str, ...] = ("JointTransformerBlock",)
+    lora_component = "transformer"
+    prediction_type = "flow"
+
+    def __init__(
+        self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        scheduler = _training_scheduler(pipeline, model)
+        if not model.large_text_encoder:
+            pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+        self._num_t5_tokens = _num_t5_tokens(pipeline, model)
+        self.network: nn.Module = pipeline.transformer
+        super().__init__(pipeline, model, device, dtype)
+        self.num_timesteps: int = scheduler.config.num_train_timesteps
+        config = pipeline.transformer.config
+        # The text's query in the last block: its attention's text output goes nowhere.
+        self.unread_projections: tuple[str, ...] = (
+            f"transformer_blocks.{config.num_layers - 1}.attn.add_q_proj",
+        )
+        self.native_resolution: int = config.sample_size * pipeline.vae_scale_factor
+        self.resolution_step: int = pipeline.vae_scale_factor * config.patch_size
+        self.largest_side: int | None = self.resolution_step * config.pos_embed_max_size
+        # The scheduler counts from noise to picture. Its float32 tables are those the model was
+        # trained with, whatever the dtype.
+        self._sigma_t = scheduler.sigmas.flip(0).to(device, self._precise)
+        self._time_t = scheduler.timesteps.flip(0).to(device)
+        version, size = _version_and_size(config)
+        # sd-scripts' names (library/sd3_utils.py); ModelSpec takes the original model's.
+        self.kohya_model_version = f"{version.replace('.', '-')}-{size}"
+        self.modelspec_architecture = f"stable-diffusion-{version}-{size}"
+
+    def make_adaptable(self) -> list[Projections]:
+        """Give every attention a processor with places for adapters, as `Family` says.
+
+        The text's query in the last block is left out: nothing reads what it finds, so an adapter
+        of it would have a gradient of zero.
+        """
+        return [
+            group
+            for processor in make_joint_adaptable(self.network, self._attend)
+            for group in processor.groups
+        ]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return tokens [N, K, D] and pooled [N, W], as the pipeline encodes prompts."""
+        tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._num_t5_tokens,
+        )
+        return PromptEmbeddings(tokens.to(self.dtype), pooled.to(self.dtype))
+
+    def encode_negative(self) -> PromptEmbeddings:
+        """Return the embedding of the empty prompt, as the pipeline takes it for guidance."""
+        return self.encode_prompts([""])
+
+    def size_conditions(
+        self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]
+    ) -> Tensor:
+        """Return [0]: the network is told nothing of sizes."""
+        return torch.empty(0, device=self.device, dtype=self._precise)
+
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Return [B] int64: floor(u T) with u logit-normal(0, 1).
+
+        Source: arXiv 2403.03206, section 3.1; as diffusers' `train_dreambooth_lora_sd3.py` draws,
+        which counts from noise to picture (the distribution is symmetric). The shift to more noise
+        is in the table that the timesteps index.
+        """
+        normals = torch.randn(batch_size, generator=generator, device=self.device)
+        # A float32 sigmoid can round up to 1.
+        return (normals.sigmoid() * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return z_t = s e + (1 - s) z (arXiv 2403.03206, eq. 13), s the shifted sigma."""
+        sigma = self._sigma_t[timesteps].view(-1, 1, 1, 1)
+        noisy: Tensor = sigma * noise + (1 - sigma) * latents
+        return noisy
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the velocity e - z, the same at every timestep."""
+        return noise - latents
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the transformer on [B, C, h, w] latents; it is told s T. ``sizes`` is empty."""
+        prediction: Tensor = self.network(
+            hidden_states=noisy.to(self.dtype),
+            encoder_hidden_states=prompts.tokens,
+            pooled_projections=prompts.pooled,
+            timestep=self._time_t[timesteps],
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _painter(self) -> StableDiffusion3Pipeline:
+        return StableDiffusion3Pipeline(
+            transformer=self.network,
+            scheduler=type(self._pipeline.scheduler).from_config(self._pipeline.scheduler.config),
+            vae=self._pipeline.vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+
+def _training_scheduler(pipeline: Any, model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
+    """Return a scheduler with the tables of all training steps, nearest to noise first."""
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UserError(
+            f"model {model.path}: its scheduler is a {type(scheduler).__name__}; training follows "
+            "the FlowMatchEulerDiscreteScheduler that the model is published with. "
+            "Put that into scheduler/scheduler_config.json"
+        )
+    if scheduler.config.use_dynamic_shifting:
+        raise UserError(
+            f"model {model.path}: its scheduler has use_dynamic_shifting, so its noise depends on "
+            "the picture's size; training knows a fixed shift. "
+            "Set shift and no use_dynamic_shifting in scheduler/scheduler_config.json"
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+
+
+def _num_t5_tokens(pipeline: Any, model: ModelConfig) -> int:
+    """Return how many tokens of a prompt the T5 reads; 0 where there is none."""
+    if pipeline.text_encoder_3 is not None:
+        return model.max_tokens or int(pipeline.tokenizer_max_length)
+    if model.max_tokens is not None:
+        raise UserError(
+            f"model.max_tokens {model.max_tokens}: is for the largest text encoder (T5), which "
+            f"{model.path} is loaded without; leave one of the two out"
+        )
+    return 0
+
+
+def _version_and_size(config: Any) -> tuple[str, str]:
+    """Tell SD3 medium, SD3.5 medium and SD3.5 large apart by the transformer's configuration."""
+    if config.qk_norm is None:
+        return "3", "medium"
+    return "3.5", "medium" if config.dual_attention_layers else "large"

@@ -1,0 +1,173 @@
+"""What LoRA files say of themselves: ``ss_*`` as sd-scripts writes, ``modelspec.*`` as specified.
+
+Source: the keys of sd-scripts' ``train_network.py`` and ``networks/lora.py``; Stability AI's
+ModelSpec 1.0.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastppt.config import RunConfig
+from fastppt.data.prompts import subject_words
+from fastppt.families.base import Family
+from fastppt.families.lora_keys import has_kohya_form, is_second_version
+from fastppt.trainables.lora import LoraAdapters
+
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# ModelSpec has words for these alone: a flow model says nothing.
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+# The part of a file that A1111's first LoRA extension hashed, in bytes.
+LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
+
+
+def run_metadata(
+    config: RunConfig,
+    family: Family,
+    adapters: LoraAdapters,
+    name: str,
+    photo_counts: Mapping[tuple[int, int], int],
+) -> dict[str, str]:
+    """Return what model managers show of a run's LoRA; `with_hashes` adds the hashes.
+
+    Args:
+        config: The run's, resolved.
+        family: Whose network was trained.
+        adapters: What was trained.
+        name: Of the file.
+        photo_counts: Number of photos that were trained at each (height, width), pixels.
+    """
+    return (
+        {"ss_output_name": name}
+        | _training_facts(config, family, adapters)
+        | _data_facts(config, photo_counts)
+        | _model_spec(config, family, name)
+    )
+
+
+def _training_facts(config: RunConfig, family: Family, adapters: LoraAdapters) -> dict[str, str]:
+    """Return how the adapters were trained, in sd-scripts' words; None is what it writes, too."""
+    stage = config.stage[-1]
+    assert stage.trainables.lora is not None
+    steps = sum(stage.steps for stage in config.stage)
+    rate = f"{stage.trainables.lora.learning_rate:g}"
+    model = Path(str(config.model.path))
+    facts = {
+        "ss_network_dim": str(adapters.rank),
+        "ss_network_alpha": f"{adapters.alpha:g}",
+        "ss_network_dropout": "None",
+        "ss_base_model_version": family.kohya_model_version,
+        # As sd-scripts: of a file or folder its name alone.
+        "ss_sd_model_name": model.resolve().name if model.exists() else str(model),
+        "ss_v2": str(is_second_version(family.kohya_model_version)),
+        "ss_clip_skip": "None",
+        "ss_max_token_length": "None",
+        "ss_training_finished_at": f"{datetime.now(UTC).timestamp():.0f}",
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(steps),
+        "ss_gradient_accumulation_steps": str(stage.gradient_accumulation),
+        "ss_gradient_checkpointing": "False",
+        "ss_learning_rate": rate,
+        "ss_unet_lr": rate,
+        "ss_text_encoder_lr": "None",
+        "ss_lr_scheduler": stage.schedule,
+        "ss_lr_warmup_steps": str(stage.warmup_steps),
+        "ss_optimizer": "fastppt_kernels.AnchoredAdamW",
+        "ss_max_grad_norm": f"{stage.optimizer.max_grad_norm:g}",
+        "ss_mixed_precision": PRECISIONS.get(family.dtype, "no"),
+        "ss_full_fp16": "False",
+        "ss_cache_latents": "True",
+        "ss_noise_offset": "None",
+        "ss_min_snr_gamma": "None",
+        "ss_seed": str(config.seed),
+        "ss_training_comment": f"fastppt, {config.method}",
+    }
+    if config.model.vae is not None:
+        facts["ss_vae_name"] = Path(config.model.vae).name
+    if has_kohya_form(family.name):
+        facts["ss_network_module"] = "networks.lora"
+    return facts
+
+
+def _data_facts(config: RunConfig, photo_counts: Mapping[tuple[int, int], int]) -> dict[str, str]:
+    """Return what was trained on, in sd-scripts' words."""
+    num_photos = sum(photo_counts.values())
+    buckets = {
+        str(index): {"resolution": [width, height], "count": count}
+        for index, ((height, width), count) in enumerate(photo_counts.items())
+    }
+    stage = config.stage[-1]
+    side = config.photos.resolution
+    subject = subject_words(config.prompts)
+    assert config.photos.folder is not None
+    folder = config.photos.folder.resolve().name
+    return {
+        "ss_num_train_images": str(num_photos),
+        "ss_num_reg_images": "0",
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": num_photos}}),
+        "ss_reg_dataset_dirs": "{}",
+        "ss_tag_frequency": json.dumps({subject: {subject: num_photos}}),
+        "ss_resolution": f"({side}, {side})",
+        "ss_enable_bucket": str(config.photos.buckets),
+        "ss_bucket_info": json.dumps({"buckets": buckets} if config.photos.buckets else None),
+        "ss_batch_size_per_device": str(stage.batch_size),
+        "ss_total_batch_size": str(stage.batch_size * stage.gradient_accumulation),
+        "ss_color_aug": "False",
+        "ss_flip_aug": "False",
+        "ss_random_crop": "False",
+        "ss_shuffle_caption": "False",
+        "ss_keep_tokens": "0",
+    }
+
+
+def _model_spec(config: RunConfig, family: Family, name: str) -> dict[str, str]:
+    """Return the ModelSpec entries; the hash is `with_hashes`' to fill in."""
+    side = config.photos.resolution
+    subject = subject_words(config.prompts)
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{family.modelspec_architecture}/lora",
+        "implementation": "diffusers",
+        "title": name,
+        "description": f"{subject}, learned by fastppt ({config.method})",
+        "trigger_phrase": subject,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "resolution": f"{side}x{side}",
+        "hash_sha256": "",
+    }
+    if family.prediction_type in PREDICTIONS:
+        spec["prediction_type"] = PREDICTIONS[family.prediction_type]
+    return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata with the hashes of these tensors in the places of its own.
+
+    ``modelspec.hash_sha256`` and ``sshs_model_hash``: SHA-256 of the file behind its header.
+    ``sshs_legacy_hash``: the first eight digits of that of 64 KiB from the first MiB on, in a file
+    with the ``ss_*`` entries alone. The two ``sshs_*`` are given wherever there are ``ss_*`` ones.
+
+    Source: ModelSpec 1.0.0; ``precalculate_safetensors_hashes`` of sd-scripts' ``train_util.py``.
+    """
+    stamped = dict(metadata)
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    if not training and "modelspec.hash_sha256" not in metadata:
+        return stamped
+    content = save(dict(tensors), metadata=training or None)
+    header_length = int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[8 + header_length :]).hexdigest()
+    if "modelspec.hash_sha256" in metadata:
+        stamped["modelspec.hash_sha256"] = f"0x{digest}"
+    if training:
+        legacy = content[LEGACY_START : LEGACY_START + LEGACY_LENGTH]
+        stamped["sshs_model_hash"] = digest
+        stamped["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
+    return stamped

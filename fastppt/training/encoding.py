@@ -1,0 +1,77 @@
+"""What is encoded once, before the first step: photos and prompts, of training and of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from fastppt.config import RunConfig
+from fastppt.data.buckets import Bucket, bucket_sizes, encode_buckets, nearest_size
+from fastppt.data.photos import Photo, cover_scale
+from fastppt.data.prompts import quiet_truncation, sample_prompts, truncation_notes
+from fastppt.families.base import Family, PromptEmbeddings
+
+
+@dataclass(frozen=True)
+class SampleSheet:
+    """The prompts of the sample grid, encoded while the text encoders were on the device."""
+
+    captions: list[str]
+    prompts: PromptEmbeddings
+    negative: PromptEmbeddings
+
+
+def encode(
+    config: RunConfig, family: Family, photos: list[Photo], console: Console
+) -> tuple[list[Bucket], SampleSheet]:
+    """Encode photos and prompts once, then take the encoders off the device.
+
+    Args:
+        config: Resolved.
+        family: The loaded model.
+        photos: The subject's.
+        console: Is told of photos that are scaled up, of prompts that are cut off, and of the
+            buckets.
+
+    Returns:
+        The buckets that have photos (the square alone where buckets are off), and the prompts of
+        the sample grid.
+    """
+    resolution = config.photos.resolution
+    assert resolution is not None
+    sizes = [(resolution, resolution)] * len(photos)
+    if config.photos.buckets:
+        possible = [
+            size
+            for size in bucket_sizes(resolution, family.resolution_step)
+            if family.largest_side is None or max(size) <= family.largest_side
+        ]
+        sizes = [nearest_size(photo, possible) for photo in photos]
+    notes = _upscaling_notes(photos, sizes) + truncation_notes(family, config.prompts, photos)
+    with quiet_truncation():
+        buckets = encode_buckets(family, config.prompts, photos, sizes)
+        captions = sample_prompts(config.prompts)
+        sheet = SampleSheet(captions, family.encode_prompts(captions), family.encode_negative())
+    family.release_encoders()
+    if config.photos.buckets:
+        plural = "s" * (len(buckets) > 1)
+        notes.append(f"{len(buckets)} bucket{plural}: {', '.join(map(str, buckets))}")
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return buckets, sheet
+
+
+def _upscaling_notes(photos: list[Photo], sizes: list[tuple[int, int]]) -> list[str]:
+    """Return a line for each photo that is smaller than what is trained."""
+    notes = []
+    for photo, size in zip(photos, sizes, strict=True):
+        scale = cover_scale(photo, size)
+        if scale > 1:
+            (height, width), (target_height, target_width) = photo.size, size
+            notes.append(
+                f"{photo.path} is {width}x{height} pixels and is scaled up {scale:.2g} times to "
+                f"cover {target_width}x{target_height}; a larger photo, or a lower resolution, "
+                "is sharper"
+            )
+    return notes
