@@ -194,11 +194,22 @@ def generate(
         Path | None, typer.Option(help="Folder for the pictures (default: LORA/generated).")
     ] = None,
     model: Model = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    model_config: ModelFolder = None,
+    vae: Vae = None,
+    attention: Attention = None,
     device: Device = None,
     precision: Precision = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the table `model`."),
+    ] = None,
 ) -> None:
     """Draw pictures with a trained LoRA."""
+    given = locals()
     with user_errors():
+        model_settings = _model_settings(given, settings)
         from fastppt.outputs.generate import generate as generate_pictures
 
         paths = generate_pictures(
@@ -210,7 +221,7 @@ def generate(
             guidance_scale=guidance_scale,
             resolution=resolution,
             output=output,
-            model={"path": model, "device": device, "precision": precision},
+            model=model_settings,
         )
     for path in paths:
         print(path)
@@ -334,6 +345,17 @@ def _flag_settings(given: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _set_settings(settings: list[str] | None) -> list[tuple[str, Any]]:
     return [parse_setting(text) for text in settings or []]
+
+
+def _model_settings(given: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """Return the keys of the model table that the flags and ``--set`` of `generate` give."""
+    table = "model."
+    chosen = _set_settings(settings)
+    for key, _ in chosen:
+        if not key.startswith(table):
+            raise UserError(f"--set {key}: of all keys `generate` takes those of {table}* alone")
+    flags = [(key, value) for key, value in _flag_settings(given) if key.startswith(table)]
+    return {key.removeprefix(table): value for key, value in [*flags, *chosen]}
 
 
 def _check_stage_flags(config: RunConfig, given: dict[str, Any]) -> None:

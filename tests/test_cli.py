@@ -103,6 +103,70 @@ def test_generate_draws_from_a_checkpoint_of_a_run(trained: Path, tmp_path: Path
     assert (tmp_path / "a-toy-0.png").is_file()
 
 
+def test_generate_draws_from_a_folder_for_peft_beside_the_run(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = trained / "for-peft"
+    assert run("convert", trained, "--to", "peft", "--output", folder).exit_code == 0
+    result = run(
+        *("generate", "--lora", folder, "--prompt", "a toy", "--steps", 1),
+        *("--output", tmp_path, "--device", "cpu"),
+    )
+    shutil.rmtree(folder)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a-toy-0.png").is_file()
+
+
+def test_generate_names_a_configuration_of_something_else(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes((trained / "pytorch_lora_weights.safetensors").read_bytes())
+    (tmp_path / "config.toml").write_text('pretrained_model = "x"\n')
+    result = run("generate", "--lora", file, "--prompt", "a toy", "--model", "mini-sdxl")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'config.toml'}: unknown key pretrained_model" in result.stderr
+    assert "move the LoRA to another folder" in result.stderr
+
+
+def test_generate_says_what_of_a_prompt_is_not_read(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.enable_propagation()
+    try:
+        result = run(
+            *("generate", "--lora", trained, "--prompt", "red " * 200 + "sea", "--steps", 1),
+            *("--output", tmp_path, "--device", "cpu"),
+        )
+    finally:
+        diffusers_logging.disable_propagation()
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.glob("*.png")) == [tmp_path / f"{'red-' * 15}0.png"]
+    (said,) = (record for record in caplog.records if "longer" in record.getMessage())
+    assert said.name.startswith("fastppt") and said.getMessage().endswith("red sea")
+    assert not any("truncated" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--revision", "v2"), "model.revision: goes with a hub id"),
+        (("--variant", "fp16"), "model.variant: goes with a hub id"),
+        (("--model-config", "."), "model.config_folder: goes with a single file"),
+        (("--vae", "no.safetensors"), "model.vae no.safetensors: there is no such file"),
+        (("--attention", "flash"), "flash"),
+        (("--set", "model.large_text_encoder=false"), "model.large_text_encoder: is for"),
+        (("--set", "stage.0.steps=1"), "--set stage.0.steps: of all keys `generate` takes"),
+        (("--set", "model.pth=1"), "model.pth: not a value that fastppt knows"),
+    ],
+)
+def test_generate_takes_what_train_takes_of_the_model(
+    trained: Path, more: tuple[str, str], message: str
+) -> None:
+    result = run("generate", "--lora", trained, "--prompt", "a toy", "--device", "cpu", *more)
+    assert result.exit_code == 2 and message in result.stderr
+
+
 def test_generate_refuses_what_it_cannot_draw_or_write(trained: Path, tmp_path: Path) -> None:
     arguments = ["generate", "--lora", trained, "--prompt", "a toy", "--steps", 1]
     result = run(*arguments, "--resolution", 50, "--device", "cpu")

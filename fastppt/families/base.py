@@ -6,7 +6,7 @@ h and w latent height and width, T diffusion timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +62,8 @@ class Family(Protocol):
     """What sd-scripts calls the base model."""
     modelspec_architecture: str
     """What ModelSpec calls the base model."""
+    prompt_options: Mapping[str, int]
+    """What a call of the diffusers pipeline is to be given so that it reads prompts as here."""
     prediction_type: str
     """`epsilon`, `v_prediction` or `flow`."""
 

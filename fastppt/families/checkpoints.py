@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -39,7 +41,8 @@ VAE_PREFIXES = ("first_stage_model.", "vae.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.clip_l.", "text_encoders.clip_g.")
 LARGE_TEXT_ENCODER_PREFIX = "text_encoders.t5xxl."
 VELOCITY_MARK = "v_pred"
-SCALED_SUFFIX = ".scale_weight"
+ZERO_SNR_MARK = "ztsnr"
+SCALED_SUFFIXES = (".scale_weight", ".weight_scale")
 EDM_MARK = "edm_mean"
 # Text width of the second generation, whose checkpoints exist for noise and for velocity.
 AMBIGUOUS_TEXT_WIDTH = 1024
@@ -91,7 +94,7 @@ def family_of_checkpoint(file: Path) -> str:
             f"model {file}: is a LoRA, not a model; to go on training it, pass --init-lora and "
             "give --model the model that it belongs to"
         )
-    if any(key.endswith(SCALED_SUFFIX) for key in shapes):
+    if any(key.endswith(SCALED_SUFFIXES) for key in shapes):
         raise UserError(
             f"model {file}: holds scaled 8-bit weights, which fastppt does not read; "
             "take the bf16 or fp16 file of the same model"
@@ -154,17 +157,28 @@ def check_checkpoint(file: Path, family: str, model: ModelConfig) -> None:
         )
 
 
-def check_prediction(file: Path, prediction_type: str) -> None:
-    """Refuse a checkpoint that is marked for velocity under a configuration that says otherwise.
+def check_marks(file: Path, scheduler: Mapping[str, object]) -> None:
+    """Refuse a checkpoint whose marks say otherwise than the configuration of its scheduler.
+
+    Args:
+        file: May have the mark of velocity, and that of noise which ends at a signal of zero.
+        scheduler: Its configuration.
 
     Raises:
         UserError: names the key in the file and the one in the configuration.
     """
-    if VELOCITY_MARK in read_shapes(file) and prediction_type != "v_prediction":
+    shapes = read_shapes(file)
+    wanted = "pass --model-config with a diffusers folder whose scheduler/scheduler_config.json has"
+    prediction_type = scheduler.get("prediction_type")
+    if VELOCITY_MARK in shapes and prediction_type != "v_prediction":
         raise UserError(
             f"model {file}: predicts velocity (it has the key {VELOCITY_MARK}), but its "
-            f"configuration says {prediction_type}; pass --model-config with a diffusers folder "
-            'whose scheduler/scheduler_config.json has "prediction_type": "v_prediction"'
+            f'configuration says {prediction_type}; {wanted} "prediction_type": "v_prediction"'
+        )
+    if ZERO_SNR_MARK in shapes and not scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"model {file}: is trained up to pure noise (it has the key {ZERO_SNR_MARK}), but its "
+            f'configuration is not; {wanted} "rescale_betas_zero_snr": true'
         )
 
 
@@ -266,6 +280,21 @@ def check_weights(
                 f"{origin}: {component} needs {wanted:,} values and its files hold {found:,}; "
                 "is it complete?"
             )
+
+
+@contextmanager
+def without_cast_warnings() -> Iterator[None]:
+    """Keep diffusers from warning of its own casts, that it should keep no modules in float32."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_use)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

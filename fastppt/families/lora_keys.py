@@ -83,6 +83,9 @@ SGM_MIDDLE = "middle_block.1."
 # What sd-scripts and ModelSpec call the base models of a family, by how the names begin.
 MODEL_NAMES = {
     "sd_v": "sd",
+    # ai-toolkit's numbers, 1.5 and 2.1.
+    "sd_1": "sd",
+    "sd_2": "sd",
     "stable-diffusion-v1": "sd",
     "stable-diffusion-v2": "sd",
     "sdxl": "sdxl",
@@ -98,6 +101,10 @@ MODEL_NAME_KEYS = ("ss_base_model_version", "modelspec.architecture")
 # Layers of a UNet that one family has and the other has not.
 ONLY_SD = re.compile(r"down_blocks\.0\.attentions\.|up_blocks\.[23]\.attentions\.")
 ONLY_SDXL = re.compile(r"up_blocks\.0\.attentions\.|.*\.transformer_blocks\.[1-9]|add_embedding\.")
+
+# Layers of a joint transformer, and of other transformers that share some of their names.
+JOINT_ATTENTION = re.compile(r"transformer_blocks\.\d+\.attn\.")
+OTHER_TRANSFORMERS = re.compile(r"single_|transformer_blocks\.\d+\.(attn1|img_m|txt_m)")
 
 
 @dataclass(frozen=True)
@@ -230,10 +237,10 @@ def _clues(layers: Collection[LayerName], kohya_names: Collection[str]) -> list[
             clues.append(("sd", f"key {name}"))
         elif name.startswith(("lora_te1_", "lora_te2_")):
             clues.append(("sdxl", f"key {name}"))
+    is_joint = not any(OTHER_TRANSFORMERS.match(path) for _, path in layers)
     for component, path in layers:
         layer = f"layer {component}.{path}"
-        # Other families' transformers have blocks without a text stream.
-        if component == "transformer" and not path.startswith("single_"):
+        if component == "transformer" and is_joint and JOINT_ATTENTION.match(path):
             clues.append(("sd3", layer))
         elif component == "unet" and ONLY_SD.match(path):
             clues.append(("sd", layer))

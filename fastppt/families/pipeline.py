@@ -5,7 +5,8 @@ Shape legend: B batch, N prompts, C latent channels, h and w latent height and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class PipelineFamily:
 
     network: nn.Module
     native_resolution: int
+    prompt_options: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -179,4 +181,5 @@ def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Freeze a pretrained module and move it."""
     module.requires_grad_(False).eval().to(device)
     if next(module.parameters()).dtype != dtype:
-        module.to(dtype)
+        # Not by diffusers' own method: it warns of modules to keep in float32 where there are none.
+        nn.Module.to(module, dtype=dtype)

@@ -26,8 +26,9 @@ class StableDiffusion3(PipelineFamily):
 
     A prompt's tokens are those that the CLIPs read, then ``model.max_tokens`` of the T5. Where the
     T5 is dropped (``model.large_text_encoder = false``, or none in the model) the CLIPs' tokens are
-    all: diffusers' pipeline puts rows of zeros in the T5's place, which cost attention and tell the
-    network nothing, so leaving them out is our choice, in training and in pictures.
+    all: diffusers' pipeline puts rows of zeros in the T5's place, as many as its
+    ``max_sequence_length``; they cost attention and tell the network nothing of the prompt, so
+    leaving them out is our choice, in training and in pictures.
 
     Args:
         pipeline: As of `PipelineFamily`, and so the others. The T5 is taken out of it if dropped.
@@ -51,6 +52,7 @@ class StableDiffusion3(PipelineFamily):
         if not model.large_text_encoder:
             pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
         self._num_t5_tokens = _num_t5_tokens(pipeline, model)
+        self.prompt_options = {"max_sequence_length": self._num_t5_tokens}
         self.network: nn.Module = pipeline.transformer
         super().__init__(pipeline, model, device, dtype)
         self.num_timesteps: int = scheduler.config.num_train_timesteps

@@ -17,10 +17,11 @@ from fastppt.families.checkpoints import (
     SUFFIX,
     check_configs,
     check_folder,
-    check_prediction,
+    check_marks,
     check_weights,
     read_shapes,
     refuse_pickle,
+    without_cast_warnings,
 )
 from fastppt.families.names import (
     COMPONENTS,
@@ -199,31 +200,32 @@ def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> An
     vae_dtype = torch.promote_types(dtype, torch.float32)
     try:
         config = str(model.config_folder) if offline else _hub_config(Path(model.path))
-        # Apart, for this reader knows of one dtype alone.
-        vae = _given_vae(model, config, vae_dtype) or {
-            "vae": AutoencoderKL.from_single_file(
+        with without_cast_warnings():
+            # Apart, for this reader knows of one dtype alone.
+            vae = _given_vae(model, config, vae_dtype) or {
+                "vae": AutoencoderKL.from_single_file(
+                    model.path,
+                    config=config,
+                    subfolder="vae",
+                    dtype=vae_dtype,
+                    local_files_only=offline,
+                )
+            }
+            pipeline = _pipeline_class(family).from_single_file(
                 model.path,
                 config=config,
-                subfolder="vae",
-                dtype=vae_dtype,
+                dtype=dtype,
                 local_files_only=offline,
+                **left_out,
+                **vae,
+                **PIPELINE_OPTIONS.get(family, {}),
             )
-        }
-        pipeline = _pipeline_class(family).from_single_file(
-            model.path,
-            config=config,
-            dtype=dtype,
-            local_files_only=offline,
-            **left_out,
-            **vae,
-            **PIPELINE_OPTIONS.get(family, {}),
-        )
     except UserError:
         raise
     except (*LOADING_ERRORS, SingleFileComponentError) as error:
         hint = "" if offline else "; without a hub, pass --model-config with its diffusers folder"
         raise cannot_load(model, error, hint) from error
-    check_prediction(Path(model.path), pipeline.scheduler.config.get("prediction_type", "flow"))
+    check_marks(Path(model.path), pipeline.scheduler.config)
     check_weights(f"model {model.path}", _modules(pipeline), {})
     return pipeline
 

@@ -28,7 +28,8 @@ class UNetFamily(PipelineFamily):
         dtype: Of the network and the text encoders.
 
     Raises:
-        UserError: the scheduler predicts neither noise nor velocity.
+        UserError: the scheduler's noise is not that of DDPM, or it predicts neither noise nor
+            velocity.
     """
 
     repeated_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
@@ -37,6 +38,14 @@ class UNetFamily(PipelineFamily):
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
+        # Those of EDM and of flow matching have none; DDPM's own default would take their place.
+        if "beta_schedule" not in pipeline.scheduler.config:
+            raise UserError(
+                f"model {model.path}: its scheduler is a {type(pipeline.scheduler).__name__}, "
+                "which has no beta_schedule; training adds noise as DDPM does, so this model "
+                "cannot be trained. If it is a DDPM model, put the scheduler that it was published "
+                "with into scheduler/scheduler_config.json"
+            )
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type: str = scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:

@@ -22,6 +22,7 @@ from fastppt.families.checkpoints import (
     check_weights,
     read_shapes,
     refuse_pickle,
+    without_cast_warnings,
 )
 
 # What the network has learned to see: a VAE that differs in one of them makes other latents.
@@ -69,7 +70,7 @@ def load_vae(name: str, own_config: Mapping[str, Any], dtype: torch.dtype) -> Au
 
 def _load_file(file: Path, own_config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
     read_shapes(file)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, without_cast_warnings():
         AutoencoderKL.from_config(dict(own_config)).save_config(folder)
         return AutoencoderKL.from_single_file(
             str(file), config=folder, dtype=dtype, local_files_only=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fastppt.errors import UserError
@@ -10,6 +11,8 @@ from fastppt.outputs.lora_files import find_lora_file
 from fastppt.outputs.lora_forms import read_lora, write_lora
 
 SUFFIX = ".safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 def convert(source: Path, form: str, output: Path | None, dtype: str | None) -> Path:
@@ -46,6 +49,15 @@ def convert(source: Path, form: str, output: Path | None, dtype: str | None) -> 
         write_lora(target, lora, wanted)
     except UserError as error:
         raise UserError(f"LoRA {file}: {error}") from None
+    scaled = [one for one in lora.adapters.values() if one.alpha != one.rank]
+    if wanted == "diffusers" and scaled:
+        logger.warning(
+            "LoRA %s: in %d of %d adapters alpha is not the rank; the diffusers form notes it in "
+            "the metadata, where diffusers reads it and other programs do not",
+            target,
+            len(scaled),
+            len(lora.adapters),
+        )
     return target
 
 

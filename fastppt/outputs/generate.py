@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from fastppt.config import LoraConfig, ModelConfig, RunConfig, SamplesConfig
 from fastppt.config_io import build_config
+from fastppt.data.prompts import quiet_truncation
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family, resolve_resolution
 from fastppt.outputs.files import write_file
 from fastppt.outputs.lora_files import find_lora_file, read_lora_file
+from fastppt.outputs.lora_forms import is_peft_folder
 from fastppt.outputs.samples import png_bytes
 from fastppt.trainables.lora import LoraAdapters
 
@@ -25,14 +29,27 @@ LONGEST_STEM = 60
 MODEL_KEYS = {"path", "revision", "variant", "config_folder", "vae"}
 PROMPT_KEYS = {"large_text_encoder", "max_tokens"}
 
+logger = logging.getLogger(__name__)
+
 
 def run_config_of(lora: Path) -> RunConfig | None:
-    """Return the configuration of the run that a LoRA is of; None where there is none."""
+    """Return the configuration of the run that a LoRA is of; None where there is none.
+
+    Raises:
+        UserError: a file of that name is no configuration of a run.
+    """
     folder = lora.absolute() if lora.is_dir() else lora.absolute().parent
-    # Beside the LoRA, or two levels up from OUT/checkpoints/step-N.
-    for place in (folder, folder.parent.parent):
+    # Beside the LoRA, which peft makes a folder of, or two levels up from OUT/checkpoints/step-N.
+    beside = folder.parent if is_peft_folder(lora) else folder
+    for place in (beside, folder.parent.parent):
         if (place / CONFIG_FILE).is_file():
-            return build_config(file=place / CONFIG_FILE)
+            try:
+                return build_config(file=place / CONFIG_FILE)
+            except UserError as error:
+                raise UserError(
+                    f"{error}\nIt lies where the configuration of the LoRA's run is looked for; "
+                    "if it is none, move the LoRA to another folder"
+                ) from None
     return None
 
 
@@ -46,7 +63,7 @@ def generate(
     guidance_scale: float | None,
     resolution: int | None,
     output: Path | None,
-    model: Mapping[str, str | None],
+    model: Mapping[str, Any],
 ) -> list[Path]:
     """Draw pictures with a LoRA and write them as PNG files.
 
@@ -61,8 +78,8 @@ def generate(
         guidance_scale: Classifier-free guidance.
         resolution: Side of the pictures in pixels.
         output: Folder for the pictures; `generated` beside the LoRA if None.
-        model: Keys of the `model` table that win over the run's: path, device, precision. The path
-            is needed where no run's configuration names it.
+        model: Keys of the `model` table that win over the run's; None leaves one to the run. The
+            path is needed where no run's configuration names it.
 
     Raises:
         UserError: no LoRA there, no base model known, or the two do not fit.
@@ -80,8 +97,14 @@ def generate(
     seeds = range(first, first + count)
     folder = output or file.parent / "generated"
     paths = [folder / f"{_stem(prompt)}-{number}.png" for number in seeds]
+    unread = family.truncated_text(prompt)
+    if unread is not None:
+        model_path = family.model.path
+        logger.warning("--prompt is longer than %s reads; it does not see: %s", model_path, unread)
+    with quiet_truncation():
+        embeddings = family.encode_prompts([prompt])
     pictures = family.sample(
-        family.encode_prompts([prompt])[torch.zeros(count, dtype=torch.int64)],
+        embeddings[torch.zeros(count, dtype=torch.int64)],
         family.encode_negative(),
         seeds=seeds,
         resolution=side,
@@ -93,7 +116,7 @@ def generate(
     return paths
 
 
-def _model_config(config: RunConfig | None, given: Mapping[str, str | None]) -> ModelConfig:
+def _model_config(config: RunConfig | None, given: Mapping[str, Any]) -> ModelConfig:
     wanted = {key: value for key, value in given.items() if value is not None}
     # Not the run's device and precision: pictures are drawn on whatever is here. Another model
     # keeps what says how prompts are read, and nothing that says where the run's model is.
@@ -121,4 +144,4 @@ def install_lora(family: Family, file: Path) -> LoraAdapters:
 
 
 def _stem(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:LONGEST_STEM] or "picture"
+    return re.sub(r"\W+", "-", prompt.lower())[:LONGEST_STEM].strip("-") or "picture"

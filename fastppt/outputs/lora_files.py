@@ -14,7 +14,7 @@ from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import Detection, has_kohya_form
-from fastppt.outputs.adapters import DTYPES, Adapter, LoraFile
+from fastppt.outputs.adapters import DTYPES, Adapter, Form, LoraFile
 from fastppt.outputs.lora_forms import is_peft_folder, read_lora, write_lora
 from fastppt.outputs.lora_metadata import run_metadata
 from fastppt.trainables.lora import LoraAdapters
@@ -48,13 +48,13 @@ def write_lora_files(
     """
     diffusers_file, named_file = folder / DIFFUSERS_FILE, folder / f"{run_name(config)}.safetensors"
     write_diffusers_file(diffusers_file, family, adapters, config.save_dtype)
-    metadata = run_metadata(config, family, adapters, run_name(config), photo_counts)
+    form: Form = "kohya" if has_kohya_form(family.name) else "diffusers"
+    # Other programs than diffusers take alpha for the rank in its form: there it is folded.
+    alpha = adapters.alpha if form == "kohya" else float(adapters.rank)
+    metadata = run_metadata(config, family, adapters.rank, alpha, run_name(config), photo_counts)
     lora = lora_of_run(family, adapters, metadata)
-    if has_kohya_form(family.name):
-        write_lora(named_file, lora.cast(DTYPES[config.save_dtype]), "kohya")
-    else:
-        # Other programs than diffusers take alpha for the rank in its form.
-        write_lora(named_file, lora.folded().cast(DTYPES[config.save_dtype]), "diffusers")
+    lora = lora if form == "kohya" else lora.folded()
+    write_lora(named_file, lora.cast(DTYPES[config.save_dtype]), form)
     return [diffusers_file, named_file]
 
 
@@ -86,7 +86,8 @@ def run_name(config: RunConfig) -> str:
 def find_lora_file(path: Path) -> Path:
     """Return what to read for what the user calls a LoRA: a file, a run's folder, or peft's.
 
-    Of a run's folder it is the file with the metadata, where alpha is not folded.
+    Of a run's folder it is the file with the metadata, where alpha is not folded if its form has a
+    place for it.
 
     Raises:
         UserError: there is none, or it is not a .safetensors file.

@@ -20,7 +20,6 @@ from fastppt.config import RunConfig
 from fastppt.data.prompts import subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form, is_second_version
-from fastppt.trainables.lora import LoraAdapters
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # ModelSpec has words for these alone: a flow model says nothing.
@@ -32,7 +31,8 @@ LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 def run_metadata(
     config: RunConfig,
     family: Family,
-    adapters: LoraAdapters,
+    rank: int,
+    alpha: float,
     name: str,
     photo_counts: Mapping[tuple[int, int], int],
 ) -> dict[str, str]:
@@ -41,19 +41,20 @@ def run_metadata(
     Args:
         config: The run's, resolved.
         family: Whose network was trained.
-        adapters: What was trained.
+        rank: Of the adapters.
+        alpha: As it is in the file.
         name: Of the file.
         photo_counts: Number of photos that were trained at each (height, width), pixels.
     """
     return (
         {"ss_output_name": name}
-        | _training_facts(config, family, adapters)
+        | _training_facts(config, family, rank, alpha)
         | _data_facts(config, photo_counts)
         | _model_spec(config, family, name)
     )
 
 
-def _training_facts(config: RunConfig, family: Family, adapters: LoraAdapters) -> dict[str, str]:
+def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) -> dict[str, str]:
     """Return how the adapters were trained, in sd-scripts' words; None is what it writes, too."""
     stage = config.stage[-1]
     assert stage.trainables.lora is not None
@@ -61,8 +62,8 @@ def _training_facts(config: RunConfig, family: Family, adapters: LoraAdapters) -
     rate = f"{stage.trainables.lora.learning_rate:g}"
     model = Path(str(config.model.path))
     facts = {
-        "ss_network_dim": str(adapters.rank),
-        "ss_network_alpha": f"{adapters.alpha:g}",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
         "ss_network_dropout": "None",
         "ss_base_model_version": family.kohya_model_version,
         # As sd-scripts: of a file or folder its name alone.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
 
 from fastppt.errors import UserError
 from fastppt.outputs.files import write_file
@@ -22,9 +22,15 @@ class MetricsFile:
         self._lines: list[str] = []
         self._num_written = 0
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows; the file is brought up to date when enough have gathered."""
-        self._lines += [json.dumps(row) for row in rows]
+    def append(self, rows: list[dict[str, float]]) -> None:
+        """Add rows; the file is brought up to date when enough have gathered.
+
+        What is not finite, such as the gradient norm of a float16 step that was skipped, becomes
+        null: JSON has no word for it.
+        """
+        for row in rows:
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._lines.append(json.dumps(finite, allow_nan=False))
         if len(self._lines) >= self._num_written * (1 + GROWTH):
             self.write()
 
@@ -47,7 +53,7 @@ class Curves:
 
         self._writer = SummaryWriter(str(folder))
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
+    def append(self, rows: list[dict[str, float]]) -> None:
         """Add rows; each metric is a curve over steps."""
         for row in rows:
             for name, value in row.items():

@@ -10,7 +10,7 @@ from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form
-from fastppt.families.names import MINI_MODELS, PIPELINES
+from fastppt.families.names import LARGE_TEXT_ENCODERS, MINI_MODELS, PIPELINES
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
 from fastppt.trainables.lora import LoraAdapters
 
@@ -33,6 +33,7 @@ def model_card(
     prompt = subject_prompt(config.prompts)
     path = str(config.model.path)
     programs = PROGRAMS[has_kohya_form(family.name)].format(name=name)
+    prompt_options = [f"{key}={value}" for key, value in family.prompt_options.items()]
     steps = sum(stage.steps for stage in config.stage)
     return f"""\
 ---
@@ -64,7 +65,7 @@ With diffusers (needs `pip install peft`):
 ```python
 {_load_code(config.model, family)}
 pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
-image = pipe({json.dumps(prompt)}).images[0]
+image = pipe({", ".join([json.dumps(prompt), *prompt_options])}).images[0]
 ```
 
 In other programs, put `{name}.safetensors` into
@@ -91,8 +92,11 @@ In other programs, put `{name}.safetensors` into
 def _load_code(model: ModelConfig, family: Family) -> str:
     """Return the Python lines that load the base model as the run did."""
     path = str(model.path)
+    dropped = [] if model.large_text_encoder else LARGE_TEXT_ENCODERS[family.name]
+    without = ", ".join(f"{name}=None" for name in dropped)
     if path in MINI_MODELS:
-        return f'from fastppt.mini import build_mini\n\npipe = build_mini("{path}")'
+        code = f'from fastppt.mini import build_mini\n\npipe = build_mini("{path}")'
+        return code + f"\npipe.register_modules({without})" * bool(without)
     (pipeline, *_) = PIPELINES[family.name]
     options = {
         "revision": model.revision,
@@ -101,10 +105,13 @@ def _load_code(model: ModelConfig, family: Family) -> str:
     }
     arguments = [json.dumps(path)]
     arguments += [f"{key}={json.dumps(value)}" for key, value in options.items() if value]
+    arguments += [without] * bool(without)
     classes, before = [pipeline], ""
     if model.vae is not None:
         classes.insert(0, "AutoencoderKL")
-        before = f"vae = AutoencoderKL.{_loader(model.vae)}({json.dumps(model.vae)})\n"
+        subfolder = ', subfolder="vae"' if (Path(model.vae) / "vae").is_dir() else ""
+        place = f"{json.dumps(model.vae)}{subfolder}"
+        before = f"vae = AutoencoderKL.{_loader(model.vae)}({place})\n"
         arguments.append("vae=vae")
     return (
         f"import torch\nfrom diffusers import {', '.join(classes)}\n\n{before}"

@@ -105,11 +105,11 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
         family = load_family(config.model)
         result.config = config = resolve(config, family)
         adapters = build_adapters(config, family)
+        prepare_engine(config.engine, family)
     console.print(_headline(config, family, adapters, len(photos)))
     with result.phase("encode"):
         buckets, sheet = encode(config, family, photos, console)
     open_folder(folder, config)
-    prepare_engine(config.engine, family)
     _Run(config, family, adapters, buckets, sheet, result, console).go()
     photo_counts = {bucket.size: bucket.num_photos for bucket in buckets}
     result.files = save(folder, config, family, adapters, result, photo_counts)

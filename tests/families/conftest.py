@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export]
 def copied(exports: Callable[[str], Export], tmp_path: Path) -> Path:
     """A copy of the SDXL folder, to be damaged."""
     return shutil.copytree(exports("sdxl").folder, tmp_path / "model")
+
+
+@pytest.fixture
+def diffusers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What diffusers logs; its logger hands nothing on to the root, where caplog listens."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        yield caplog
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -182,6 +182,7 @@ def test_the_header_tells_the_family(
         # An image's embedding beside the text, as unCLIP has it.
         (SD | CONDITIONS, "but not the text encoders"),
         (SD3 | {f"{NETWORK}joint_blocks.0.x.scale_weight": (1,)}, "holds scaled 8-bit weights"),
+        (SD3 | {f"{NETWORK}joint_blocks.0.x.weight_scale": (1,)}, "holds scaled 8-bit weights"),
         ({key: shape for key, shape in SD.items() if key not in VAE}, "pass one with --vae"),
         (SD2, "whether it predicts noise or velocity; pass --model-config"),
         ({key: shape for key, shape in SD3.items() if key not in CLIPS}, "no text encoders"),
@@ -221,6 +222,22 @@ def test_a_checkpoint_marked_for_velocity_needs_a_configuration_that_says_so(
     assert "predicts velocity (it has the key v_pred)" in message and "epsilon" in message
     edit_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert load_family(on_cpu(file, config_folder=copied)).prediction_type == "v_prediction"
+
+
+def test_a_checkpoint_marked_for_zero_signal_needs_a_configuration_that_says_so(
+    exports: Exports, copied: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    file = tmp_path / "model.safetensors"
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(exports("sdxl").file) | marks, file)
+    scheduler = copied / "scheduler" / "scheduler_config.json"
+    edit_json(scheduler, prediction_type="v_prediction")
+    message = refusal(file, config_folder=copied)
+    assert "it has the key ztsnr" in message and '"rescale_betas_zero_snr": true' in message
+    edit_json(scheduler, rescale_betas_zero_snr=True)
+    family = load_family(on_cpu(file, config_folder=copied))
+    latents, noise = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    assert family.add_noise(latents, noise, torch.tensor([999])).abs().max() < 1e-6
 
 
 def test_headers_are_read_without_the_weights(exports: Exports) -> None:

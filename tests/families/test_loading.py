@@ -104,6 +104,23 @@ def test_half_precision_leaves_the_vae_in_float32(exports: Exports, family: str)
         assert dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("form", ["mini", "folder", "single file", "with a VAE"])
+def test_half_precision_is_loaded_without_warnings(
+    exports: Exports, tmp_path: Path, diffusers_log: pytest.LogCaptureFixture, form: str
+) -> None:
+    export = exports("sd3")
+    vae = tmp_path / "vae.safetensors"
+    save_file(export.pipeline.vae.state_dict(), vae)
+    model = {
+        "mini": on_cpu("mini-sd3", precision="bf16"),
+        "folder": on_cpu(export.folder, precision="bf16"),
+        "single file": on_cpu(export.file, config_folder=export.folder, precision="bf16"),
+        "with a VAE": on_cpu(export.folder, vae=str(vae), precision="bf16"),
+    }[form]
+    load_family(model)
+    assert diffusers_log.text == ""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_family_is_told_without_loading(exports: Exports, family: str) -> None:
     export = exports(family)
@@ -121,14 +138,14 @@ def test_a_folder_may_hold_what_training_does_not_use(copied: Path) -> None:
 
 
 def test_the_safety_checker_is_not_loaded(
-    exports: Exports, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    exports: Exports, tmp_path: Path, diffusers_log: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(exports("sd").folder, tmp_path / "model")
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index = {"safety_checker": checker, "requires_safety_checker": True}
     edit_json(folder / "model_index.json", **index)
     assert load_family(on_cpu(folder))._pipeline.safety_checker is None
-    assert "safety checker" not in caplog.text
+    assert "safety checker" not in diffusers_log.text
 
 
 # ---- hub

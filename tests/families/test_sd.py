@@ -13,7 +13,9 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -143,6 +145,15 @@ def test_schedulers_own_defaults_do_not_leak_into_the_table() -> None:
 def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(UserError, match="predicts 'sample'"):
         family_with(DDIMScheduler(prediction_type="sample"))
+
+
+@pytest.mark.parametrize(
+    "scheduler_class", [EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler]
+)
+def test_a_scheduler_without_the_noise_of_ddpm_is_refused(scheduler_class: type) -> None:
+    # Published with SDXL's pipeline, and its prediction type is epsilon as well.
+    with pytest.raises(UserError, match=rf"is a {scheduler_class.__name__}, .* no beta_schedule"):
+        family_with(scheduler_class())
 
 
 def test_timesteps_are_uniform_over_the_whole_range() -> None:

@@ -212,6 +212,21 @@ def test_dtype_changes_the_tensors_and_not_alpha(
         assert one.up.dtype == dtype and one.alpha == lora.adapters[layer].alpha
 
 
+def test_alpha_that_only_diffusers_will_see_is_noted(
+    loras: dict[str, LoraFile], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path, loras["sd"], "kohya")
+    convert(file, "peft", None, None)
+    assert not caplog.records
+    convert(file, "diffusers", None, None)
+    assert "alpha is not the rank" in caplog.text
+    caplog.clear()
+    plain = tmp_path / "plain.safetensors"
+    write_lora(plain, loras["sd"].folded(), "kohya")
+    convert(plain, "diffusers", None, None)
+    assert not caplog.records
+
+
 def test_nothing_is_overwritten(loras: dict[str, LoraFile], tmp_path: Path) -> None:
     source = write(tmp_path, loras["sdxl"], "kohya")
     for form in ("diffusers", "peft"):

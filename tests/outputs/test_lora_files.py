@@ -21,6 +21,7 @@ from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini import build_mini
+from fastppt.mini.tokenizer import MODEL_MAX_LENGTH
 from fastppt.outputs.adapters import Adapter
 from fastppt.outputs.lora_files import (
     DIFFUSERS_FILE,
@@ -29,7 +30,7 @@ from fastppt.outputs.lora_files import (
     read_lora_file,
     write_lora_files,
 )
-from fastppt.outputs.lora_forms import write_lora
+from fastppt.outputs.lora_forms import read_lora, write_lora
 from fastppt.outputs.model_card import model_card
 from fastppt.trainables.lora import LoraAdapters
 from tests.outputs.lora_cases import FAMILIES, peft_changes
@@ -218,6 +219,13 @@ def test_other_families_name_their_base_model(
     assert ("ss_network_module" in metadata) == (name == "sd")
 
 
+@pytest.mark.parametrize(("name", "alpha"), [("sd", "6"), ("sd3", "4")])
+def test_alpha_in_the_metadata_is_that_of_the_file(write: Write, name: str, alpha: str) -> None:
+    (_, file), _, _ = write(name)
+    assert metadata_of(file)["ss_network_alpha"] == alpha
+    assert {one.alpha for one in read_lora(file).adapters.values()} == {float(alpha)}
+
+
 def test_buckets_are_in_the_metadata(
     make_config: Callable[..., RunConfig], family: Family, tmp_path: Path
 ) -> None:
@@ -356,6 +364,30 @@ def test_model_card_of_a_family_without_kohya_form_names_comfyui_alone(
     config = make_config(photos__resolution=64, model__path="mini-sd3")
     card = model_card(config, family, trained(family), 5, 1.0)
     assert "ComfyUI" in card and "A1111" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_tokens"),
+    [({}, MODEL_MAX_LENGTH), ({"large_text_encoder": False}, 0)],
+)
+def test_model_card_reads_prompts_as_the_run_did(
+    make_config: Callable[..., RunConfig], settings: dict[str, bool], num_tokens: int
+) -> None:
+    family = load_family(ModelConfig(path="mini-sd3", device="cpu", **settings))
+    keys = {f"model__{key}": value for key, value in settings.items()}
+    config = make_config(photos__resolution=64, model__path="owner/model", **keys)
+    code = model_card(config, family, trained(family), 5, 1.0).split("```python\n")[1]
+    assert f'pipe("a photo of sks robot", max_sequence_length={num_tokens}).images' in code
+    assert ("text_encoder_3=None, tokenizer_3=None" in code) == bool(settings)
+
+
+def test_model_card_finds_the_vae_of_a_whole_model(
+    make_config: Callable[..., RunConfig], family: Family, tmp_path: Path
+) -> None:
+    (tmp_path / "vae").mkdir()
+    config = make_config(photos__resolution=64, model__path="owner/model", model__vae=str(tmp_path))
+    card = model_card(config, family, trained(family), 5, 1.0)
+    assert f'AutoencoderKL.from_pretrained("{tmp_path}", subfolder="vae")' in card
 
 
 def test_alpha_in_the_metadata_of_a_peft_file_counts(family: Family, tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ def test_every_row_is_a_line(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == rows(0, 5)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_value_that_json_has_no_word_for_is_null(tmp_path: Path, value: float) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append([{"step": 1, "loss": 0.5, "grad_norm": value}])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=refuse)
+    assert read == {"step": 1, "loss": 0.5, "grad_norm": None}
+
+
 def test_file_is_rewritten_seldom_and_never_lags_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from fastppt.outputs import files
 from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 from fastppt.outputs.samples import MARGIN, MIN_CELL
-from fastppt.training import loop
+from fastppt.training import engine, loop
 from fastppt.training.loop import RunResult, split_seed
 from fastppt.training.loop import train as train_run
 from fastppt.training.schedule import learning_rate_factor
@@ -416,6 +416,16 @@ def test_refused_runs_write_nothing(
     with pytest.raises(UserError, match=message):
         train(make_config(**settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_cannot_run_leaves_the_old_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = train(make_config(**{"stage.0.steps": 1}))
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: "needs a compiler")
+    with pytest.raises(UserError, match="engine compile: needs a compiler"):
+        train(make_config(engine="compile"), overwrite=True)
+    assert all(file.is_file() for file in old.files)
 
 
 def test_other_resolutions_train(make_config: MakeConfig) -> None:
