@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -87,7 +88,8 @@ def examine(config: RunConfig) -> Report:
     report["Models"] = [hub(), mini_models()]
     if config.model.path is not None:
         report[f"Model {config.model.path}"] = model(config.model, device, dtype)
-    return report
+    report["Run"] = run_settings(config)
+    return {title: findings for title, findings in report.items() if findings}
 
 
 def can_train(report: Report) -> bool:
@@ -221,6 +223,39 @@ def model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list
     found.append(_fit("memory", total, free_host_memory()))
     text = "activations, adapters, their gradients and moments: they come on top of the weights"
     return [*found, Finding("note", "not counted", text)]
+
+
+def run_settings(config: RunConfig) -> list[Finding]:
+    """Return what would stop the run that is asked for, beside its machine and its model."""
+    from fastppt.config_io import check_recipe_fits
+    from fastppt.families.loading import detect_family
+    from fastppt.outputs.folder import check_output
+    from fastppt.outputs.metrics import check_tensorboard
+
+    found = []
+    if config.output is not None:
+        text = f"{config.output} can be written"
+        found.append(_finding("output", text, lambda: check_output(config, overwrite=True)))
+    if config.tensorboard:
+        found.append(_finding("curves", "TensorBoard is there", check_tensorboard))
+    if config.recipe is not None and config.model.path is not None:
+        try:
+            family = detect_family(config.model)
+        except UserError:
+            # The model's own section says so.
+            return found
+        text = f"{config.recipe} is for {family}"
+        found.append(_finding("recipe", text, lambda: check_recipe_fits(config, family)))
+    return found
+
+
+def _finding(what: str, text: str, check: Callable[[], object]) -> Finding:
+    """Return the text, or what a check refuses."""
+    try:
+        check()
+    except UserError as error:
+        return Finding("problem", what, str(error))
+    return Finding("ok", what, text)
 
 
 def _has_problem(findings: list[Finding]) -> bool:

@@ -29,7 +29,9 @@ MAY_IMPORT = {
         "trainables",
     },
     "machine": set(),
-    "doctor": {"config", "errors", "families", "machine", "training", ""},
+    "doctor": {
+        *("config", "config_io", "errors", "families", "machine", "outputs", "training", ""),
+    },
     "cli": {"config", "config_io", "doctor", "errors", "outputs", "training", ""},
     "__main__": {"cli"},
     "": set(),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fastppt import doctor
+from fastppt import config_io, doctor
 from fastppt.cli import app
 from fastppt.config import ModelConfig
 from fastppt.config_io import build_config
@@ -213,6 +213,37 @@ def test_triton_matters_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.Monke
     broken(tmp_path, monkeypatch, "triton")
     finding = doctor.kernels(torch.device("cuda"))
     assert finding.level == "problem" and "libmissing.so" in finding.text
+
+
+def test_what_would_stop_the_run_is_a_problem(tmp_path: Path) -> None:
+    file = tmp_path / "a file"
+    file.write_text("")
+    result = run("--model", "mini-sd", "--output", file / "out")
+    assert result.exit_code == 1 and f"{file} is a file" in result.output
+    result = run("--model", "mini-sd", "--output", tmp_path / "out")
+    assert result.exit_code == 0 and "can be written" in result.output
+
+
+def test_missing_tensorboard_is_a_problem_where_curves_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert run("--model", "mini-sd").exit_code == 0
+    result = run("--model", "mini-sd", "--set", "tensorboard=true")
+    assert result.exit_code == 1 and "pip install 'fastppt[tensorboard]'" in result.output
+
+
+def test_recipe_of_another_family_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('recipe = "ppt-lora"\n[model]\npath = "mini-sd"\n')
+    assert run(path).exit_code == 0
+    recipe, settings = config_io.load_recipe("ppt-lora")
+    only = recipe.model_copy(update={"families": ["sd3"]})
+    monkeypatch.setattr(config_io, "load_recipe", lambda name: (only, settings))
+    result = run(path)
+    assert result.exit_code == 1 and "recipe ppt-lora: is for sd3" in result.output
 
 
 def test_bad_setting_is_a_mistake_of_the_command() -> None:

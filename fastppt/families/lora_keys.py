@@ -206,12 +206,15 @@ def detect_family(
         metadata: The file's own.
         kohya_names: The layers' names in a file of the kohya form.
     """
-    for key in MODEL_NAME_KEYS:
-        if key in metadata:
-            name = metadata[key]
-            told = (family for start, family in MODEL_NAMES.items() if name.startswith(start))
-            return Detection(next(told, None), f"{key} = {name}")
     found = dict(_clues(layers, kohya_names))
+    for key in MODEL_NAME_KEYS:
+        if name := metadata.get(key):
+            told = (family for start, family in MODEL_NAMES.items() if name.startswith(start))
+            family = next(told, None)
+            # A name that is not known may be that of a fine-tuned model, whose UNet still tells;
+            # joint transformers of many families look alike.
+            if family is not None or found.keys() <= {"sd3"}:
+                return Detection(family, f"{key} = {name}")
     if len(found) == 1:
         return Detection(*found.popitem())
     if found:

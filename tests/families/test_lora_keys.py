@@ -38,3 +38,11 @@ def test_other_transformers_are_not_taken_for_sd3(other: str) -> None:
 )
 def test_names_that_ai_toolkit_gives_to_models_are_known(version: str, family: str) -> None:
     assert detect_family([("unet", UNET)], {"ss_base_model_version": version}).family == family
+
+
+def test_a_fine_tuned_model_is_told_by_its_layers_and_an_unknown_transformer_is_not() -> None:
+    metadata = {"ss_base_model_version": "illustrious"}
+    layer = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert detect_family([("unet", layer)], metadata).family == "sdxl"
+    assert detect_family([("transformer", JOINT)], metadata).family is None
+    assert detect_family([("unet", layer)], {"ss_base_model_version": ""}).family == "sdxl"
