@@ -1,7 +1,8 @@
 # Set-up and calls only. `make demo` and `make test` work on a machine with nothing but Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two threads on a busy two-core machine are up to 20 times slower than one.
+# Two threads on a busy two-core machine are up to 20 times slower than one; tests run in two
+# processes of one thread.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
@@ -21,7 +22,7 @@ demo: .venv/installed
 	$(BIN)/fastppt train --recipe ppt-lora --model mini-sdxl --photos demo-run/photos --class-noun robot --output demo-run/robot --steps 100 --seed 0 --overwrite
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: test
 	$(BIN)/python -m pytest -m slow

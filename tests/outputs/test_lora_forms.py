@@ -137,10 +137,9 @@ def test_no_alpha_means_the_rank(tmp_path: Path) -> None:
         ("sd_v2_v", "sd"),
         ("sdxl_base_v1-0", "sdxl"),
         ("3-medium", "sd3"),
-        ("flux1", None),
     ],
 )
-def test_metadata_tells_the_family_first(tmp_path: Path, version: str, family: str | None) -> None:
+def test_metadata_tells_the_family_first(tmp_path: Path, version: str, family: str) -> None:
     path = saved(tmp_path, kohya(UNET), {"ss_base_model_version": version})
     detection = read_lora(path).detection
     assert detection.family == family and version in detection.evidence
