@@ -68,7 +68,7 @@ def run_way(benchmark, device, machine, copy_gb_per_s, request):
             pytest.skip("torch.compile takes minutes on the CPU: pass --with-compile")
         workload = list_workload(name)
         wanted = load_wanted(suite, name, device)
-        problem = load_problem(name, way.endswith(ARENA), device)
+        problem = load_problem(suite, name, way.endswith(ARENA), device)
         made = suite.makers[way](problem)
         error = suite.check(way, problem, made, wanted)
         benchmark.group = f"{suite.name} ({suite.form}), {name}"
@@ -79,6 +79,7 @@ def run_way(benchmark, device, machine, copy_gb_per_s, request):
             "tensors": len(workload.shapes),
             "elements": workload.num_elements,
             "bytes": suite.num_bytes(workload),
+            "flops": suite.num_flops(workload),
             "gb/s": gb_per_s,
             "copy gb/s": copy_gb_per_s,
             "share of copy": gb_per_s / copy_gb_per_s,
@@ -119,13 +120,14 @@ def run_in_rotation(benchmark, device, machine, copy_gb_per_s, request):
 
 # The ways of one workload run one after the other.
 @functools.lru_cache(maxsize=2)
-def load_problem(name: str, arena: bool, device: str) -> Problem:
-    return Problem(list_workload(name).shapes, device, arena=arena)
+def load_problem(suite: Suite, name: str, arena: bool, device: str) -> Problem:
+    kind = {"arena": True} if arena else {}
+    return suite.make_problem(list_workload(name).shapes, device, **kind)
 
 
 @functools.lru_cache(maxsize=1)
 def load_wanted(suite: Suite, name: str, device: str) -> object:
-    return suite.wanted(load_problem(name, False, device))
+    return suite.wanted(load_problem(suite, name, False, device))
 
 
 def finish(call: Call, device: str) -> Call:

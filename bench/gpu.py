@@ -37,8 +37,15 @@ from bench.rows import (
     write_report,
 )
 from bench.suites import (
+    ADAPTIVE_DENOISING_BF16,
     ANCHOR,
+    ATTENTION_ALIGNMENT_BF16,
+    ATTENTION_ALIGNMENT_JOINT_BF16,
     COMPILE,
+    FEATURE_ALIGNMENT_BF16,
+    FEATURE_ALIGNMENT_BF16_CHANNELS_LAST,
+    FEATURE_WORKLOADS,
+    LATENT_WORKLOADS,
     LORA_ANCHOR,
     LORA_ANCHOR_ANCHORED,
     OPTIMIZER,
@@ -97,6 +104,20 @@ PLANS = (
     Plan(OPTIMIZER, "SD1.5 full"),
     *(Plan(OPTIMIZER, workload) for workload in ADAPTERS),
     Plan(OPTIMIZER, "SD1.5, rank 32", compiled=True),
+    Plan(ATTENTION_ALIGNMENT_BF16, "SDXL attention"),
+    Plan(ATTENTION_ALIGNMENT_BF16, "SD1.5 attention"),
+    Plan(ATTENTION_ALIGNMENT_JOINT_BF16, "SD3-M attention, 154 text tokens"),
+    Plan(ATTENTION_ALIGNMENT_JOINT_BF16, "SD3-M attention, 333 text tokens"),
+    Plan(ATTENTION_ALIGNMENT_BF16, "SDXL attention", compiled=True),
+    *(
+        Plan(suite, name)
+        for suite in (FEATURE_ALIGNMENT_BF16, FEATURE_ALIGNMENT_BF16_CHANNELS_LAST)
+        for name in FEATURE_WORKLOADS[:2]
+    ),
+    Plan(FEATURE_ALIGNMENT_BF16, FEATURE_WORKLOADS[2]),
+    *(Plan(ADAPTIVE_DENOISING_BF16, name) for name in LATENT_WORKLOADS),
+    Plan(FEATURE_ALIGNMENT_BF16, FEATURE_WORKLOADS[0], compiled=True),
+    Plan(ADAPTIVE_DENOISING_BF16, LATENT_WORKLOADS[0], compiled=True),
     Plan(ANCHOR, "SD1.5 full"),
     *(Plan(suite, name) for name in ADAPTERS for suite in (ANCHOR, LORA_ANCHOR)),
     *(Plan(suite, name) for suite in (ANCHOR, OPTIMIZER) for name in SCALING),

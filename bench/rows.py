@@ -48,7 +48,7 @@ def time_workload(
         capture: Returns a way that replays what the given one does.
     """
     num_sets = _num_sets(suite.num_bytes(workload), names) if device == "cuda" else 1
-    sets = [_ProblemSet(workload, device, seed) for seed in range(num_sets)]
+    sets = [_ProblemSet(suite, workload, device, seed) for seed in range(num_sets)]
     wanted = suite.wanted(sets[0].problem(names[0]))
     laps = 1 if capture is None else math.ceil(REPLAYS_A_TURN / num_sets)
     turns, extras, refusals = {}, {}, []
@@ -135,7 +135,8 @@ def write_report(path: Path, report: Row) -> None:
 class _ProblemSet:
     """The problems of one workload and seed: made when a way first asks for it."""
 
-    def __init__(self, workload: Workload, device: str, seed: int) -> None:
+    def __init__(self, suite: Suite, workload: Workload, device: str, seed: int) -> None:
+        self._make = suite.make_problem
         self._arguments = workload.shapes, device
         self._seed = seed
         self._made: dict[bool, Problem] = {}
@@ -143,7 +144,8 @@ class _ProblemSet:
     def problem(self, way: str) -> Problem:
         arena = way.endswith(ARENA)
         if arena not in self._made:
-            self._made[arena] = Problem(*self._arguments, arena=arena, seed=self._seed)
+            kind = {"arena": True} if arena else {}
+            self._made[arena] = self._make(*self._arguments, seed=self._seed, **kind)
         return self._made[arena]
 
 
@@ -193,6 +195,7 @@ def _label(suite: Suite, workload: Workload, way: str, mode: str) -> Row:
         "tensors": len(workload.shapes),
         "elements": workload.num_elements,
         "bytes": suite.num_bytes(workload),
+        "flops": suite.num_flops(workload),
     }
 
 

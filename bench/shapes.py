@@ -21,6 +21,39 @@ SD3_PROJECTIONS = 8
 # The last block gives out no text: it has no to_add_out, and its add_q_proj gets no gradient.
 SD3_LAST_PROJECTIONS = 6
 
+# The layers whose features are aligned: [1, C, H, W] of a UNet, image tokens [1, N, C] of SD3.
+FEATURES: dict[str, list[Shape]] = {
+    "SDXL features": [(1, 1280, 32, 32)] * 3 + [(1, 640, 64, 64)] * 3,
+    "SD1.5 features": [(1, 640, 32, 32)] * 3 + [(1, 320, 64, 64)] * 3,
+    "SD3-M features": [(1, 4096, SD3_WIDTH)] * (SD3_BLOCKS // 2),
+}
+
+
+def _attention(
+    num_layers: int, num_heads: int, num_queries: int, num_keys: int, head_dim: int
+) -> list[Shape]:
+    """The query and the text key of each layer."""
+    pair = [(1, num_heads, num_queries, head_dim), (1, num_heads, num_keys, head_dim)]
+    return pair * num_layers
+
+
+# The attentions whose maps are aligned, at 1024 px, and at 512 px for SD1.5.
+ATTENTIONS: dict[str, list[Shape]] = {
+    "SDXL attention": _attention(30, 20, 1024, 77, 64) + _attention(6, 10, 4096, 77, 64),
+    "SD1.5 attention": _attention(3, 8, 1024, 77, 80) + _attention(3, 8, 4096, 77, 40),
+    "SD3-M attention, 154 text tokens": _attention(SD3_BLOCKS // 2, 24, 4096, 154, 64),
+    "SD3-M attention, 333 text tokens": _attention(SD3_BLOCKS // 2, 24, 4096, 333, 64),
+    "SDXL attention, a layer of each": _attention(1, 20, 1024, 77, 64)
+    + _attention(1, 10, 4096, 77, 64),
+    "SD3-M attention, 154 text tokens, a layer": _attention(1, 24, 4096, 154, 64),
+}
+# A prediction: at 1024 px, and at 512 px for SD1.5.
+LATENTS: dict[str, list[Shape]] = {
+    "SDXL latents": [(1, 4, 128, 128)],
+    "SD1.5 latents, batch 4": [(4, 4, 64, 64)],
+    "SD3-M latents": [(1, 16, 128, 128)],
+}
+
 SD15_WIDTHS = (320, 640, 1280, 1280)
 SD15_TIME = 1280
 SD15_LATENT = 4

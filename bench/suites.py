@@ -1,13 +1,14 @@
 """What is timed: the suites, their ways, the work they count, and how a result is checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import shapes, ways
+from bench import attention, features, shapes, ways
 from bench.problems import (
     BASELINE_TOLERANCES,
     GRAD_FACTORS,
@@ -53,6 +54,9 @@ class Suite:
             in ARENA gets a problem whose tensors lie in one arena.
         wanted: Returns what float64 makes of a problem.
         errors: Runs a way on a problem and returns how far it is off.
+        make_problem: Makes a problem of shapes, a device and a seed.
+        element_bytes: Of what is read and written.
+        flops: Operations an element of the workload, forward and backward; None: not counted.
     """
 
     name: str
@@ -61,6 +65,9 @@ class Suite:
     makers: Mapping[str, Callable[[Problem], Way]]
     wanted: Callable[[Problem], object]
     errors: Callable[[Problem, Way, object], Errors]
+    make_problem: Callable[..., Any] = Problem
+    element_bytes: int = BYTES
+    flops: int | None = None
 
     def ways(self, *, compiled: bool) -> list[str]:
         return [name for name in self.makers if compiled or not name.startswith(COMPILE)]
@@ -75,11 +82,18 @@ class Suite:
 
     def num_bytes(self, workload: Workload) -> int:
         """Return the fewest bytes that one call reads and writes."""
-        return BYTES * self.accesses * workload.num_elements
+        return self.element_bytes * self.accesses * workload.num_elements
+
+    def num_flops(self, workload: Workload) -> int | None:
+        """Return how many operations one call needs, or None where nobody counted."""
+        return None if self.flops is None else self.flops * workload.num_elements
 
 
 def list_workload(name: str) -> Workload:
     """Return a workload by a name such as "SDXL, rank 4", "SD1.5 full" or "10 tensors"."""
+    for named in (shapes.FEATURES, shapes.LATENTS, shapes.ATTENTIONS):
+        if name in named:
+            return Workload(name, named[name])
     model, _, rank = name.partition(", rank ")
     if rank:
         lists = {
@@ -94,6 +108,8 @@ def list_workload(name: str) -> Workload:
 
 
 SCALING = tuple(f"{count} tensors" for count in shapes.SCALING_COUNTS)
+FEATURE_WORKLOADS = tuple(shapes.FEATURES)
+LATENT_WORKLOADS = tuple(shapes.LATENTS)
 
 
 def anchor_errors(problem: Problem, way: Way, wanted: tuple[Tensor, list[Tensor]]) -> Errors:
@@ -127,6 +143,16 @@ def step_errors(problem: Problem, way: Way, wanted: ExactSteps) -> Errors:
         "penalty": _worst_ratio(penalties, wanted.penalties),
         "gradient norm": _worst_ratio(norms, wanted.norms),
         "updates": worst_error(updates, wanted.updates),
+    }
+
+
+def loss_errors(problem: object, way: Way, wanted: tuple[Tensor, Sequence[Tensor]]) -> Errors:
+    """Compare a loss and its gradients with the reference."""
+    loss, grads = way.call()
+    kind = "gradients" if grads[0].dtype == torch.float32 else "narrow gradients"
+    return {
+        "loss": abs(float(loss) / float(wanted[0]) - 1),
+        kind: worst_error(grads, wanted[1]),
     }
 
 
@@ -225,3 +251,82 @@ OPTIMIZER_EFFECTIVE = Suite(
     wanted=partial(exact_steps, form="effective"),
     errors=step_errors,
 )
+
+
+def _feature_suite(form: str, **kind: Any) -> Suite:
+    var_mean = partial(features.feature_autograd, statistics=features.var_mean)
+    two_means = partial(features.feature_autograd, statistics=features.two_means)
+    return Suite(
+        name="feature alignment",
+        form=form,
+        # Read the base's features and the tuned ones; then read these again, write the gradient.
+        accesses=1 + 1 + 2,
+        makers={
+            "feature_alignment_loss": _plain(features.feature_op),
+            "mean, mean of squares": _plain(two_means),
+            "var_mean": _plain(var_mean),
+            "torch.compile of mean, mean of squares": _compiled(two_means),
+            "torch.compile of var_mean": _compiled(var_mean),
+        },
+        wanted=features.exact_features,
+        errors=loss_errors,
+        make_problem=partial(features.FeatureProblem, **kind),
+        element_bytes=2 if "dtype" in kind else BYTES,
+        # Statistics of both, and the gradient.
+        flops=4 + 4 + 3,
+    )
+
+
+def _denoising_suite(form: str, **kind: Any) -> Suite:
+    return Suite(
+        name="adaptive denoising",
+        form=form,
+        # Read both predictions and the target; then read two of these, write the gradient.
+        accesses=3 + 3,
+        makers={
+            "adaptive_denoising_loss": _plain(features.denoising_op),
+            "autograd": _plain(features.denoising_autograd),
+            "torch.compile of autograd": _compiled(features.denoising_autograd),
+        },
+        wanted=features.exact_denoising,
+        errors=loss_errors,
+        make_problem=partial(features.DenoisingProblem, **kind),
+        element_bytes=2 if "dtype" in kind else BYTES,
+        # Squared errors of both predictions, and the gradient.
+        flops=6 + 2,
+    )
+
+
+def _attention_suite(form: str, **kind: Any) -> Suite:
+    return Suite(
+        name="attention alignment",
+        form=form,
+        # Read the base's queries and keys and the tuned ones; then read these again, write their
+        # gradients. What of the maps' sums goes to memory is left out: a layer's fits in a cache.
+        accesses=1 + 1 + 2,
+        makers={
+            "attention_alignment_loss": _plain(attention.attention_op),
+            "materialised maps": _plain(attention.attention_autograd),
+            "torch.compile of materialised maps": _compiled(attention.attention_autograd),
+        },
+        wanted=attention.exact_attention,
+        errors=loss_errors,
+        make_problem=partial(attention.AttentionProblem, **kind),
+        element_bytes=2 if "dtype" in kind else BYTES,
+    )
+
+
+ATTENTION_ALIGNMENT = _attention_suite("float32")
+ATTENTION_ALIGNMENT_JOINT = _attention_suite("float32, logsumexp given", joint=True)
+ATTENTION_ALIGNMENT_BF16 = _attention_suite("bfloat16", dtype=torch.bfloat16)
+ATTENTION_ALIGNMENT_JOINT_BF16 = _attention_suite(
+    "bfloat16, logsumexp given", dtype=torch.bfloat16, joint=True
+)
+FEATURE_ALIGNMENT = _feature_suite("float32")
+FEATURE_ALIGNMENT_CHANNELS_LAST = _feature_suite("float32, channels_last", channels_last=True)
+FEATURE_ALIGNMENT_BF16 = _feature_suite("bfloat16", dtype=torch.bfloat16)
+FEATURE_ALIGNMENT_BF16_CHANNELS_LAST = _feature_suite(
+    "bfloat16, channels_last", dtype=torch.bfloat16, channels_last=True
+)
+ADAPTIVE_DENOISING = _denoising_suite("float32")
+ADAPTIVE_DENOISING_BF16 = _denoising_suite("bfloat16", dtype=torch.bfloat16)

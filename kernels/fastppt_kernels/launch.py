@@ -20,6 +20,8 @@ from torch import Tensor
 
 # How a row tells a kernel the dtype of a tensor, in two bits; triton_foreign.py reads it.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The same dtypes as the signature of a kernel has their pointers.
+POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # Where in a row's ``code`` the bits of a kind of access begin; below are the dtypes, two bits each.
 ACCESS_SHIFT = 16
 # Kinds of access: any dtypes at any addresses; any dtypes at multiples of 16 bytes; float32 at
@@ -27,6 +29,8 @@ ACCESS_SHIFT = 16
 ACCESS_ANY, ACCESS_ALIGNED, ACCESS_ALIGNED_FLOAT32 = 0, 1, 2
 # The widest load or store of a GPU thread, in bytes.
 ALIGNMENT = 16
+# What sizes and strides, in elements, are multiples of where a kernel's loads may be that wide.
+ALIGNED_ELEMENTS = 16
 # A table for each of the lists a step works on, and for the few places its gradients move between.
 _MAX_TABLES = 64
 

@@ -69,6 +69,55 @@ def draw_tensors(
     return [torch.randn(tuple(shape), generator=generator, dtype=dtype) for shape in shapes]
 
 
+def draw_denoising_arguments(
+    num_samples: int,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    weights: bool = True,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Return the arguments of ``adaptive_denoising_loss``, by name, with 10 bins.
+
+    Losses are about 0.1 and the base's 0.002 larger, with EMAs that give gammas from 0 to 0.9; bins
+    1 and 7 were not seen yet. Samples lie in bins 3, 7, 3, 0, 6, 3, 9, 7, and so on: there are
+    bins with several, with a first, and with none.
+
+    Args:
+        num_samples: B.
+        shape: Of a sample.
+        dtype: Of the predictions and the target; the rest is float32, or float64 for float64.
+        weights: With ``sample_weight``.
+        seed: The same values for the same.
+        device: Where the tensors are.
+    """
+    loss, excess, num_bins = 0.1, 2e-3, 10
+    sizes: Sequence[Shape] = [(num_samples, *shape)] * 3 + [
+        (num_samples,),
+        (num_bins,),
+        (num_bins,),
+    ]
+    target, error, base_error, weight, base_ema, drift = draw_tensors(sizes, seed=seed)
+    for drawn, wanted in ((error, loss), (base_error, loss + excess)):
+        of_sample = drawn.flatten(1)
+        of_sample *= (wanted / of_sample.square().mean(1, keepdim=True)).sqrt()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    base_ema = loss * (1 + 0.1 * base_ema)
+    tuned_ema = base_ema - excess * drift
+    base_ema[[1, 7]] = tuned_ema[[1, 7]] = torch.nan
+    pattern = (3, 7, 3, 0, 6, 3, 9, 7)
+    return {
+        "prediction": (target + error).to(device, dtype),
+        "base_prediction": (target + base_error).to(device, dtype),
+        "target": target.to(device, dtype),
+        "bins": torch.tensor([pattern[i % len(pattern)] for i in range(num_samples)]).to(device),
+        "base_ema": base_ema.to(device, wide),
+        "tuned_ema": tuned_ema.to(device, wide),
+        "sample_weight": weight.abs().to(device, wide) if weights else None,
+    }
+
+
 def draw_lora_lists(
     pairs: Sequence[tuple[int, int, int, float]],
     weight: float,

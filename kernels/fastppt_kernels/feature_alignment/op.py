@@ -1,0 +1,263 @@
+"""Feature alignment: checks, the PyTorch path, and the registration with torch.library."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppt_kernels.checks import compute_dtype
+from fastppt_kernels.feature_alignment.launch import launch_backward, launch_statistics
+from fastppt_kernels.launch import have_codes, use_triton
+
+# Features of a piece of channels on the CPU, measured: what is computed of them stays in the cache.
+CPU_PIECE_SIZE = 1 << 18
+
+
+def feature_statistics(
+    features: Tensor, *, channel_dim: int = 1, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation over space of each channel of each sample.
+
+    mean = mean_n x_n,   std = sqrt(mean_n (x_n - mean)^2 + eps)
+
+    Source: Adaptive Personalized Training (arXiv 2507.02687), equations 4 and 5; statistics per
+    channel, the population variance and ``eps`` are our choice.
+
+    Args:
+        features: [B, C, ...] or, with ``channel_dim`` -1, [B, ..., C]; floating-point, of any
+            strides: contiguous, channels_last, a view of either. Not written, not copied.
+        channel_dim: 1 or -1.
+        eps: Added to the variance, > 0: without it a channel without variance has no gradient.
+
+    Returns:
+        mean [B, C] and std [B, C], float64 for float64 features, else float32. Both are
+        differentiable: dx = (dmean + dstd * (x - mean) / std) / N, in one pass over the features,
+        of their dtype and strides. It is a new tensor, which autograd adds to what else flows into
+        the features. Differentiating that gradient again raises RuntimeError.
+
+    Raises:
+        ValueError: features with fewer than three dimensions, empty or not floating-point; on a
+            GPU also those with positions that two strides do not reach; another ``channel_dim``;
+            ``eps`` not > 0.
+
+    Rounding: in float32 (float64 of float64 features). The mean of a piece comes first, then the
+        squares of what differs from it; pieces are merged by count, mean and sum of squares (Chan,
+        Golub, LeVeque 1983) in a fixed order. Two runs are equal bit by bit, and the statistics
+        are those of :func:`feature_alignment_loss`.
+
+    Memory traffic: each feature is read once, 8 bytes a channel are written; backward: each is
+        read and its gradient written once. FLOPs: 4 a feature, backward 3: memory is the limit.
+        GPU launches: 2, backward 1; of float64 features, PyTorch's own, more and slower.
+    """
+    values = _check_features(features, channel_dim, eps)
+    mean, std = _statistics(values, eps)
+    return mean, std
+
+
+def feature_alignment_loss(
+    features: Tensor,
+    base_mean: Tensor,
+    base_std: Tensor,
+    *,
+    channel_dim: int = 1,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return how far the features' mean and standard deviation are from those of the base.
+
+    mean_loss = mean_b sum_c (mean - base_mean)^2,   std_loss = mean_b sum_c (std - base_std)^2
+
+    Source: Adaptive Personalized Training (arXiv 2507.02687), equations 4 and 5.
+
+    Args:
+        features: As of :func:`feature_statistics`, of the tuned network.
+        base_mean: [B, C], floating-point, on the device of ``features``: what
+            :func:`feature_statistics` returned for the base. No gradient flows into it.
+        base_std: Alike.
+        channel_dim: 1 or -1.
+        eps: Added to the variance, > 0; the same as for the base.
+
+    Returns:
+        mean_loss and std_loss, 0-dim, float64 for float64 features, else float32; exactly 0, with
+        gradients of 0, where the features are the base's, in memory of the same layout. Reading
+        them on the host synchronises. The gradient of the features is as of
+        :func:`feature_statistics`, with dmean = 2 / B * dmean_loss * (mean - base_mean), and dstd
+        alike.
+
+    Raises:
+        ValueError: As :func:`feature_statistics`; base statistics of another shape or device, or
+            not floating-point.
+
+    Rounding: as of :func:`feature_statistics`. A difference that is small beside the statistics
+        keeps what their float32 leaves of it.
+
+    Memory traffic, FLOPs and GPU launches: as of :func:`feature_statistics`; the losses are summed
+        where the pieces are merged.
+    """
+    values = _check_features(features, channel_dim, eps)
+    dtype = compute_dtype([features])
+    for name, base in (("base_mean", base_mean), ("base_std", base_std)):
+        if base.shape != values.shape[:2]:
+            raise ValueError(
+                f"{name}: got shape {tuple(base.shape)}, want {tuple(values.shape[:2])}: the "
+                f"samples and channels of features {tuple(features.shape)}, channel_dim "
+                f"{channel_dim}"
+            )
+        if not base.dtype.is_floating_point:
+            raise ValueError(f"{name}: got dtype {base.dtype}, want a floating-point dtype")
+        if base.device != features.device:
+            raise ValueError(f"{name}: is on {base.device}, want {features.device} like features")
+    # Or the backward would go on, with zeros, through a base pass that was not under no_grad.
+    base_mean, base_std = base_mean.detach().to(dtype), base_std.detach().to(dtype)
+    _, _, mean_loss, std_loss = _alignment(values, base_mean, base_std, eps)
+    return mean_loss, std_loss
+
+
+def _check_features(features: Tensor, channel_dim: int, eps: float) -> Tensor:
+    """Return the features as a view [B, C, ...]."""
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim: got {channel_dim}, want 1 or -1")
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}, want > 0")
+    shape = tuple(features.shape)
+    if features.dim() < 3:
+        raise ValueError(f"features: got shape {shape}, want [B, C, ...] or [B, ..., C]")
+    if features.numel() == 0:
+        raise ValueError(f"features: got shape {shape}, want at least one element")
+    if not features.dtype.is_floating_point:
+        raise ValueError(f"features: got dtype {features.dtype}, want a floating-point dtype")
+    return features if channel_dim == 1 else features.movedim(-1, 1)
+
+
+# In what follows features are [B, C, ...].
+
+
+@torch.library.custom_op("fastppt_kernels::feature_statistics", mutates_args=())
+def _statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if use_triton(features) and have_codes([features]):
+        mean, std = launch_statistics(features, None, eps)
+        return mean, std
+    return plain_statistics(features, eps)
+
+
+@torch.library.custom_op("fastppt_kernels::feature_alignment", mutates_args=())
+def _alignment(
+    features: Tensor, base_mean: Tensor, base_std: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, std, mean_loss, std_loss; the base in the dtype of the statistics."""
+    if use_triton(features) and have_codes([features]):
+        mean, std, mean_loss, std_loss = launch_statistics(features, (base_mean, base_std), eps)
+        return mean, std, mean_loss, std_loss
+    mean, std = plain_statistics(features, eps)
+    mean_loss = (mean - base_mean).square_().sum() / len(mean)
+    std_loss = (std - base_std).square_().sum() / len(std)
+    return mean, std, mean_loss, std_loss
+
+
+@torch.library.custom_op("fastppt_kernels::feature_backward", mutates_args=())
+def _backward(
+    features: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    base_mean: Tensor | None,
+    base_std: Tensor | None,
+    mean_grad: Tensor,
+    std_grad: Tensor,
+) -> Tensor:
+    """Return the gradient of the features; ``mean_grad`` is that of mean_loss with a base."""
+    base = None if base_mean is None or base_std is None else (base_mean, base_std)
+    if use_triton(features) and have_codes([features]):
+        return launch_backward(features, mean, std, base, mean_grad, std_grad)
+    if base is not None:
+        mean_grad = 2 / len(mean) * mean_grad * (mean - base[0])
+        std_grad = 2 / len(std) * std_grad * (std - base[1])
+    return plain_backward(features, mean, std, mean_grad, std_grad)
+
+
+def plain_statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and std in PyTorch, a piece of the channels after the other.
+
+    ``torch.var_mean`` goes over the features once, but on the CPU it is five to twenty times
+    slower than a mean and the mean of squares.
+    """
+    dtype = compute_dtype([features])
+    space = tuple(range(2, features.dim()))
+    means, variances = [], []
+    num_channels = max(1, CPU_PIECE_SIZE * features.shape[1] // features.numel())
+    for piece in features.split(num_channels, 1):
+        values = piece.to(dtype)
+        mean = values.mean(space, keepdim=True)
+        variances.append((values - mean).square_().mean(space))
+        means.append(mean.flatten(1))
+    return torch.cat(means, 1), torch.cat(variances, 1).add_(eps).sqrt_()
+
+
+def plain_backward(
+    features: Tensor, mean: Tensor, std: Tensor, mean_grad: Tensor, std_grad: Tensor
+) -> Tensor:
+    """Return the gradient of the features in PyTorch; all others are [B, C]."""
+    num_positions = features.shape[2:].numel()
+    shape = (*mean.shape, *[1] * (features.dim() - 2))
+    shift = (mean_grad / num_positions).view(shape)
+    scale = (std_grad / (num_positions * std)).view(shape)
+    grad = torch.empty_like(features)
+    # In the dtype of the statistics, which narrow features have not.
+    values = grad if grad.dtype == mean.dtype else torch.empty_like(features, dtype=mean.dtype)
+    torch.sub(features, mean.view(shape), out=values)
+    torch.addcmul(shift, values, scale, out=values)
+    return grad if values is grad else grad.copy_(values)
+
+
+@_statistics.register_fake
+def _(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = features.new_empty(features.shape[:2], dtype=compute_dtype([features]))
+    return mean, torch.empty_like(mean)
+
+
+@_alignment.register_fake
+def _(
+    features: Tensor, base_mean: Tensor, base_std: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = features.new_empty(features.shape[:2], dtype=compute_dtype([features]))
+    return mean, torch.empty_like(mean), mean.new_empty(()), mean.new_empty(())
+
+
+@_backward.register_fake
+def _(features: Tensor, *others: Tensor | None) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _save_alignment(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, base_mean, base_std, _ = inputs
+    ctx.save_for_backward(features, *output[:2], base_mean, base_std)
+    ctx.set_materialize_grads(False)
+
+
+def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    features, mean, std = ctx.saved_tensors
+    mean_grad, std_grad = (torch.zeros_like(mean) if g is None else g for g in grads)
+    return _backward(features, mean, std, None, None, mean_grad, std_grad), None
+
+
+def _alignment_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    features, mean, std, base_mean, base_std = ctx.saved_tensors
+    # Only the losses leave this module.
+    mean_grad, std_grad = (mean.new_zeros(()) if g is None else g for g in grads[2:])
+    grad = _backward(features, mean, std, base_mean, base_std, mean_grad, std_grad)
+    return grad, None, None, None
+
+
+def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "feature_statistics, feature_alignment_loss: their gradient cannot be differentiated "
+        "again; call backward without create_graph=True, or detach the gradient"
+    )
+
+
+_statistics.register_autograd(_statistics_backward, setup_context=_save_statistics)
+_alignment.register_autograd(_alignment_backward, setup_context=_save_alignment)
+_backward.register_autograd(_refuse_second_backward)
