@@ -61,7 +61,13 @@ def _poisoned_scratch():
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_the_kernels_pass_in_the_interpreter():
-    run_in_interpreter(__file__)
+    run_in_interpreter(__file__, "not gpu and not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+def test_the_kernels_pass_the_slow_tests_in_the_interpreter():
+    run_in_interpreter(__file__, "not gpu and slow")
 
 
 def make(device, shape, dtype=torch.float32, *, given=False, columns=False, logit_size=1.0):
@@ -126,6 +132,7 @@ def test_loss_and_gradients_equal_the_reference(device, shape, given):
     check(make(device, shape, given=given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("given", [False, True], ids=["softmax", "logsumexp given"])
@@ -310,6 +317,7 @@ def plant(monkeypatch, folder, module, right, wrong):
             monkeypatch.setattr(triton_kernel, name, getattr(mutant, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_planted_fault_turns_the_comparison_red(device, fault, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "BLOCKS", 1)
