@@ -1,6 +1,7 @@
 """What the operations check at the door, and the dtype they compute in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -99,6 +100,18 @@ def check_distinct(name: str, tensors: Sequence[Tensor] | None) -> None:
                 f"{name}[{index}]: is the memory of {name}[{first_at[tensor.data_ptr()]}]; "
                 "give each tensor once"
             )
+
+
+def refuse_second_derivative(ops: str) -> Callable[..., NoReturn]:
+    """Return what torch.library calls for the gradient of the gradient of ``ops``."""
+
+    def refuse(ctx: object, *grads: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{ops}: the gradient cannot be differentiated again; call backward without "
+            "create_graph=True, or detach the gradient"
+        )
+
+    return refuse
 
 
 def check_weight(weight: float | Tensor, tensors: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastppt_kernels.adaptive_denoising.launch import launch_backward, launch_forward
-from fastppt_kernels.checks import compute_dtype
+from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.launch import have_codes, use_triton
 
 # What the operation returns: loss, gamma, new_base_ema, new_tuned_ema, coefficients.
@@ -273,12 +273,5 @@ def _loss_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return grad, None, None, None, None, None, None, None, None
 
 
-def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "adaptive_denoising_loss: its gradient cannot be differentiated again; call backward "
-        "without create_graph=True, or detach the gradient"
-    )
-
-
 _loss.register_autograd(_loss_backward, setup_context=_save)
-_backward.register_autograd(_refuse_second_backward)
+_backward.register_autograd(refuse_second_derivative("adaptive_denoising_loss"))

@@ -20,7 +20,7 @@ from fastppt_kernels.attention_alignment.plain import (
     compare_with_base_,
     sum_maps,
 )
-from fastppt_kernels.checks import compute_dtype
+from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 
 __all__ = [
     "attention_alignment_loss",
@@ -311,13 +311,8 @@ def _backpropagate_alignment(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]
     return grads[0], grads[1], None, None, None if logsumexp is None else grads[2], None
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "the attention maps' gradient cannot be differentiated again; for a second derivative "
-        "write softmax(query @ key.mT * scale).sum(1) in PyTorch"
-    )
-
-
 _map_sum_op.register_autograd(_backpropagate_map_sum, setup_context=_keep_for_map_sum)
 _alignment_op.register_autograd(_backpropagate_alignment, setup_context=_keep_for_alignment)
-_backward_op.register_autograd(_refuse_second_derivative)
+_backward_op.register_autograd(
+    refuse_second_derivative("attention_map_sum, attention_alignment_loss")
+)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppt_kernels.checks import compute_dtype
+from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.feature_alignment.launch import launch_backward, launch_statistics
 from fastppt_kernels.launch import have_codes, use_triton
 
@@ -251,13 +251,6 @@ def _alignment_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
     return grad, None, None, None
 
 
-def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "feature_statistics, feature_alignment_loss: their gradient cannot be differentiated "
-        "again; call backward without create_graph=True, or detach the gradient"
-    )
-
-
 _statistics.register_autograd(_statistics_backward, setup_context=_save_statistics)
 _alignment.register_autograd(_alignment_backward, setup_context=_save_alignment)
-_backward.register_autograd(_refuse_second_backward)
+_backward.register_autograd(refuse_second_derivative("feature_statistics, feature_alignment_loss"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppt_kernels.attention_alignment import attention_alignment_loss, attention_map_sum
-from fastppt_kernels.checks import compute_dtype
+from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.joint_attention.plain import attend, backpropagate_attention
 
 __all__ = ["joint_attention", "joint_attention_map_sum"]
@@ -210,12 +210,5 @@ def _backpropagate(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tup
     return (*grads, None)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "the gradient of joint_attention cannot be differentiated again; for a second derivative "
-        "write softmax(query @ key.mT * scale) @ value in PyTorch"
-    )
-
-
 _attention_op.register_autograd(_backpropagate, setup_context=_keep)
-_attention_backward_op.register_autograd(_refuse_second_derivative)
+_attention_backward_op.register_autograd(refuse_second_derivative("joint_attention"))
