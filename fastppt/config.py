@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Text in a TOML file; the one type that is converted.
 FilePath = Annotated[Path, Field(strict=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Engine = Literal["auto", "eager", "compile"]
+Engine = Literal["auto", "eager", "compile", "graph", "graph+compile"]
 AnchorForm = Literal["raw", "effective", "decoupled"]
 
 
@@ -70,6 +70,17 @@ class PhotosConfig(Section):
     the model's own."""
     buckets: bool = False
     """Crop each photo to the nearest of a few aspect ratios of the same area, not to a square."""
+    views: Annotated[int, Field(ge=1)] = 16
+    """Augmented encodings a photo, made before training where an objective augments."""
+    max_zoom_out: Annotated[float, Field(ge=1)] = 3.0
+    """An augmented view shows the photo smaller by a factor drawn from 1 to this."""
+    max_rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    """An augmented view is turned by an angle drawn from minus to plus this, in degrees."""
+    fill: Literal["reflect", "edge"] = "reflect"
+    """What an augmented view shows outside the photo: its mirror image, or its edge drawn out."""
+    refresh_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two new encodings of one photo's augmented views during training; 0 keeps
+    the first ones. The VAE stays on the device then."""
 
 
 class PromptsConfig(Section):
@@ -115,11 +126,20 @@ class LoraConfig(Section):
     """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     """Learning rate of the adapters."""
-    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    targets: list[str] | Literal["up"] | None = None
     """Patterns of the attention projections that get an adapter, such as `*.to_q`; * matches any
-    text, dots included. Unset takes them all."""
+    text, dots included. "up" takes those of the second half of the network (a UNet's up blocks),
+    where the backward pass can stop early. Unset takes them all."""
     init: FilePath | None = None
     """LoRA file, or folder of a finished run, to start from; unset starts from zero."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _check_targets(cls, targets: object) -> object:
+        is_list = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+        if targets is None or targets == "up" or (is_list and targets):
+            return targets
+        raise ValueError(f"must be \"up\" or a list of patterns, got {targets!r}")
 
 
 class TrainablesConfig(Section):
@@ -133,6 +153,41 @@ class DenoisingConfig(Section):
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the term in the loss."""
+    weighting: Literal["uniform", "adaptive"] = "uniform"
+    """Weight of a sample: uniform (1), or adaptive (1 - gamma of its timestep bin, the overfitting
+    indicator of Adaptive Personalized Training, arXiv 2507.02687, equations 1 to 3; it also drives
+    the choice of augmented views, and needs a base pass)."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """How sharply the indicator answers when the tuned loss falls below the base's; unset takes
+    the family's."""
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Part of a new loss in the indicator's moving averages."""
+    bins: Annotated[int, Field(ge=1)] = 10
+    """Equal parts of the timestep range, each with an indicator of its own."""
+    max_augmentation: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Largest probability of an augmented view; 0 never augments."""
+
+
+class FeatureAlignmentConfig(Section):
+    """Mean and standard deviation of the features held to the base's (Adaptive Personalized
+    Training, arXiv 2507.02687, equations 4 and 5).
+    """
+
+    weight: Annotated[float, Field(ge=0)] = 30.0
+    """Factor of either term in the loss."""
+    layers: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of the modules whose outputs are held; unset takes the family's."""
+
+
+class AttentionAlignmentConfig(Section):
+    """Attention maps of the text held to the base's (Adaptive Personalized Training, arXiv
+    2507.02687, equation 6).
+    """
+
+    weight: Annotated[float, Field(ge=0)] = 3e-4
+    """Factor of the term in the loss."""
+    layers: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of the attention modules whose maps are held; unset takes the family's."""
 
 
 class AnchorConfig(Section):
@@ -155,6 +210,25 @@ class ObjectivesConfig(Section):
 
     denoising: DenoisingConfig | None = None
     anchor: AnchorConfig | None = None
+    feature_alignment: FeatureAlignmentConfig | None = None
+    attention_alignment: AttentionAlignmentConfig | None = None
+
+    @property
+    def need_base(self) -> bool:
+        """Say whether a step compares with the base network."""
+        adaptive = self.denoising is not None and self.denoising.weighting == "adaptive"
+        aligned = self.feature_alignment is not None or self.attention_alignment is not None
+        return adaptive or aligned
+
+    @property
+    def augment(self) -> bool:
+        """Say whether a step may draw augmented views."""
+        denoising = self.denoising
+        return (
+            denoising is not None
+            and denoising.weighting == "adaptive"
+            and denoising.max_augmentation > 0
+        )
 
 
 class OptimizerConfig(Section):
@@ -187,6 +261,9 @@ class StageConfig(Section):
     the stage."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from zero."""
+    base_every: Annotated[int, Field(ge=1)] = 1
+    """Steps from one base pass to the next, where an objective compares with the base; the steps
+    between go without such objectives."""
     optimizer: OptimizerConfig = OptimizerConfig()
     trainables: TrainablesConfig = TrainablesConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
@@ -216,7 +293,14 @@ class RunConfig(Section):
     seed: Seed = 0
     """Seed of all that is drawn; on the CPU the same seed gives the same run, bit for bit."""
     engine: Engine = "auto"
-    """How a step runs: eager, compile (each transformer block by torch.compile), or auto."""
+    """How a step runs: eager, compile (the network by torch.compile), graph (the whole step in
+    CUDA graphs), graph+compile, or auto: graph on a GPU, eager on the CPU."""
+    compile_scope: Literal["blocks", "network"] = "blocks"
+    """What torch.compile sees as one: each transformer block, or the whole network, whose gradients
+    are then compared with eager ones before the first step."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the network's blocks and compute the rest again in the backward
+    pass: less memory, a step about a third longer."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two looks at the metrics."""
     sample_every: Annotated[int, Field(ge=0)] = 0

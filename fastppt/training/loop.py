@@ -197,6 +197,7 @@ def build_steps(
         max_grad_norm=settings.max_grad_norm or None,
     )
     loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
+    losses = like.new_zeros(1)
     return [
         Step(
             family,
@@ -208,6 +209,7 @@ def build_steps(
             generator,
             ring,
             loss_scale,
+            losses,
         )
         for bucket in buckets
     ]

@@ -56,6 +56,7 @@ class Step:
         learning_rate: 0-dim tensor on the device, also the optimizer's; the loop writes it.
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
+        losses: [1], the passes' losses so far, averaged over the passes of the step.
     """
 
     family: Family
@@ -67,6 +68,7 @@ class Step:
     generator: torch.Generator
     ring: MetricRing
     loss_scale: LossScale | None
+    losses: Tensor
 
 
 def run_step(step: Step) -> None:
@@ -77,19 +79,30 @@ def run_step(step: Step) -> None:
     The gradients of the passes of one step are averaged; the anchor's is added once, by the
     optimizer, before clipping.
     """
+    for _ in range(step.stage.gradient_accumulation):
+        accumulate_gradients(step)
+    update_parameters(step)
+
+
+def accumulate_gradients(step: Step) -> None:
+    """Add the gradients of one pass, and its losses to `Step.losses`."""
     stage = step.stage
     assert stage.objectives.denoising is not None
-    weight = stage.objectives.denoising.weight
-    denoising = torch.zeros_like(step.learning_rate)
-    for _ in range(stage.gradient_accumulation):
-        loss = denoising_pass(step, draw(step)) / stage.gradient_accumulation
-        _scaled(step, weight * loss).backward()
-        denoising += loss.detach()
+    loss = denoising_pass(step, draw(step)) / stage.gradient_accumulation
+    _scaled(step, stage.objectives.denoising.weight * loss).backward()
+    step.losses.add_(loss.detach())
+
+
+def update_parameters(step: Step) -> None:
+    """Take the optimizer's step with the gradients that there are, and note the metrics."""
+    assert step.stage.objectives.denoising is not None
     step.optimizer.step(skip=_unscale_gradients_(step))
     step.optimizer.zero_grad(set_to_none=False)
     penalty, grad_norm = step.optimizer.penalty, step.optimizer.grad_norm
-    total = weight * denoising + penalty
+    (denoising,) = step.losses.unbind()
+    total = step.stage.objectives.denoising.weight * denoising + penalty
     step.ring.write([total, denoising, penalty, grad_norm, step.learning_rate])
+    step.losses.zero_()
 
 
 def draw(step: Step) -> Draws:
