@@ -27,6 +27,10 @@ TOLERANCES = {"penalty": 1e-4, "gradient norm": 1e-4, "gradients": 1e-4, "update
 TOLERANCES |= {"loss": 1e-4, "narrow gradients": 5e-3}
 # torch's float32 norm of one large tensor on the CPU is that far off, and what follows from it.
 BASELINE_TOLERANCES = dict.fromkeys(TOLERANCES, 5e-3)
+# An attention rounds its maps and their gradients too; a projection its low ranks.
+TOLERANCES |= {"narrow gradients of attention": 1e-2, "narrow gradients of projections": 1e-2}
+# What a trainer would write rounds the products of queries and keys: 0.016 to 0.018 in bfloat16.
+BASELINE_TOLERANCES |= {kind: 3e-2 for kind in TOLERANCES if kind.startswith("narrow")}
 
 
 class DisagreementError(Exception):

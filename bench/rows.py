@@ -105,8 +105,12 @@ def find_row(rows: Sequence[Row], **labels: object) -> Row | None:
     return next(matching, None)
 
 
-def describe_target(what: str, target: float, measured: float | None) -> Row:
-    met = None if measured is None else measured >= target
+def describe_target(
+    what: str, target: float, measured: float | None, *, at_most: bool = False
+) -> Row:
+    met = None
+    if measured is not None:
+        met = measured <= target if at_most else measured >= target
     return {"what": what, "target": target, "measured": measured, "met": met}
 
 
@@ -171,11 +175,12 @@ def _extra_bytes(way: Way, device: str) -> int | None:
     """Return the most memory that a call takes beside what it works on; None off the GPU."""
     if device != "cuda":
         return None
-    way.call()
+    call = way.letting_go or way.call
+    call()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    way.call()
+    call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

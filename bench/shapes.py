@@ -29,23 +29,56 @@ FEATURES: dict[str, list[Shape]] = {
 }
 
 
-def _attention(
+def _queries_and_keys(
     num_layers: int, num_heads: int, num_queries: int, num_keys: int, head_dim: int
 ) -> list[Shape]:
-    """The query and the text key of each layer."""
+    """The image query and the text key of each layer."""
     pair = [(1, num_heads, num_queries, head_dim), (1, num_heads, num_keys, head_dim)]
     return pair * num_layers
 
 
 # The attentions whose maps are aligned, at 1024 px, and at 512 px for SD1.5.
 ATTENTIONS: dict[str, list[Shape]] = {
-    "SDXL attention": _attention(30, 20, 1024, 77, 64) + _attention(6, 10, 4096, 77, 64),
-    "SD1.5 attention": _attention(3, 8, 1024, 77, 80) + _attention(3, 8, 4096, 77, 40),
-    "SD3-M attention, 154 text tokens": _attention(SD3_BLOCKS // 2, 24, 4096, 154, 64),
-    "SD3-M attention, 333 text tokens": _attention(SD3_BLOCKS // 2, 24, 4096, 333, 64),
-    "SDXL attention, a layer of each": _attention(1, 20, 1024, 77, 64)
-    + _attention(1, 10, 4096, 77, 64),
-    "SD3-M attention, 154 text tokens, a layer": _attention(1, 24, 4096, 154, 64),
+    "SDXL attention": _queries_and_keys(30, 20, 1024, 77, 64)
+    + _queries_and_keys(6, 10, 4096, 77, 64),
+    "SD1.5 attention": _queries_and_keys(3, 8, 1024, 77, 80)
+    + _queries_and_keys(3, 8, 4096, 77, 40),
+    "SD3-M attention, 154 text tokens": _queries_and_keys(SD3_BLOCKS // 2, 24, 4096, 154, 64),
+    "SD3-M attention, 333 text tokens": _queries_and_keys(SD3_BLOCKS // 2, 24, 4096, 333, 64),
+    "SDXL attention, a layer of each": _queries_and_keys(1, 20, 1024, 77, 64)
+    + _queries_and_keys(1, 10, 4096, 77, 64),
+    "SD3-M attention, 154 text tokens, a layer": _queries_and_keys(1, 24, 4096, 154, 64),
+    "SD3-M attention, 333 text tokens, a layer": _queries_and_keys(1, 24, 4096, 333, 64),
+    "SD3-M attention at 512 px, 154 text tokens, a layer": _queries_and_keys(1, 24, 1024, 154, 64),
+}
+
+
+def _projections(rows: int, inputs: int, outputs: int, count: int, rank: int) -> list[Shape]:
+    """Inputs, weights, downs, ups and outputs of linears that share an input."""
+    return [
+        (rows, inputs),
+        (count, outputs, inputs),
+        (count * rank, inputs),
+        (count, outputs, rank),
+        (count, rows, outputs),
+    ]
+
+
+def _block(rows: int, width: int, text: tuple[int, int], rank: int) -> list[Shape]:
+    """A transformer block: self-attention, then cross-attention to text of so many tokens."""
+    out = _projections(rows, width, width, 1, rank)
+    self_attention = [*_projections(rows, width, width, 3, rank), *out]
+    keys_and_values = _projections(text[0], text[1], width, 2, rank)
+    return [*self_attention, *_projections(rows, width, width, 1, rank), *keys_and_values, *out]
+
+
+SDXL_TEXT, MINI_TEXT = (77, SDXL_CONTEXT), (24, 128)
+# The adapted projections, at rank 32 and 1024 px; of mini-sdxl at rank 4.
+PROJECTIONS: dict[str, list[Shape]] = {
+    "SDXL projections": _block(1024, 1280, SDXL_TEXT, 32) * SDXL_BLOCKS[1280]
+    + _block(4096, 640, SDXL_TEXT, 32) * SDXL_BLOCKS[640],
+    "SDXL projections, a block": _block(1024, 1280, SDXL_TEXT, 32),
+    "mini-sdxl projections": _block(64, 64, MINI_TEXT, 4) * 3 + _block(16, 80, MINI_TEXT, 4) * 8,
 }
 # A prediction: at 1024 px, and at 512 px for SD1.5.
 LATENTS: dict[str, list[Shape]] = {

@@ -56,7 +56,7 @@ class Suite:
         errors: Runs a way on a problem and returns how far it is off.
         make_problem: Makes a problem of shapes, a device and a seed.
         element_bytes: Of what is read and written.
-        flops: Operations an element of the workload, forward and backward; None: not counted.
+        flops: Counts the operations of a workload, forward and backward; None: not counted.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Suite:
     errors: Callable[[Problem, Way, object], Errors]
     make_problem: Callable[..., Any] = Problem
     element_bytes: int = BYTES
-    flops: int | None = None
+    flops: Callable[[list[Shape]], int] | None = None
 
     def ways(self, *, compiled: bool) -> list[str]:
         return [name for name in self.makers if compiled or not name.startswith(COMPILE)]
@@ -86,12 +86,12 @@ class Suite:
 
     def num_flops(self, workload: Workload) -> int | None:
         """Return how many operations one call needs, or None where nobody counted."""
-        return None if self.flops is None else self.flops * workload.num_elements
+        return None if self.flops is None else self.flops(workload.shapes)
 
 
 def list_workload(name: str) -> Workload:
     """Return a workload by a name such as "SDXL, rank 4", "SD1.5 full" or "10 tensors"."""
-    for named in (shapes.FEATURES, shapes.LATENTS, shapes.ATTENTIONS):
+    for named in (shapes.FEATURES, shapes.LATENTS, shapes.ATTENTIONS, shapes.PROJECTIONS):
         if name in named:
             return Workload(name, named[name])
     model, _, rank = name.partition(", rank ")
@@ -146,10 +146,18 @@ def step_errors(problem: Problem, way: Way, wanted: ExactSteps) -> Errors:
     }
 
 
-def loss_errors(problem: object, way: Way, wanted: tuple[Tensor, Sequence[Tensor]]) -> Errors:
-    """Compare a loss and its gradients with the reference."""
+def loss_errors(
+    problem: object,
+    way: Way,
+    wanted: tuple[Tensor, Sequence[Tensor]],
+    narrow: str = "narrow gradients",
+) -> Errors:
+    """Compare a loss and its gradients with the reference.
+
+    ``narrow``: the tolerance of gradients that are not float32.
+    """
     loss, grads = way.call()
-    kind = "gradients" if grads[0].dtype == torch.float32 else "narrow gradients"
+    kind = "gradients" if grads[0].dtype == torch.float32 else narrow
     return {
         "loss": abs(float(loss) / float(wanted[0]) - 1),
         kind: worst_error(grads, wanted[1]),
@@ -168,6 +176,10 @@ def _plain(call: Callable[[Problem], ways.Call]) -> Callable[[Problem], Way]:
 
 def _compiled(call: Callable[[Problem], ways.Call]) -> Callable[[Problem], Way]:
     return lambda problem: Way(torch.compile(call(problem)))
+
+
+def _flops_an_element(flops: int) -> Callable[[list[Shape]], int]:
+    return lambda listed: flops * shapes.count_elements(listed)
 
 
 def _adamw(anchor: Callable[[Problem], ways.Call], **kind: bool) -> Callable[[Problem], Way]:
@@ -273,7 +285,7 @@ def _feature_suite(form: str, **kind: Any) -> Suite:
         make_problem=partial(features.FeatureProblem, **kind),
         element_bytes=2 if "dtype" in kind else BYTES,
         # Statistics of both, and the gradient.
-        flops=4 + 4 + 3,
+        flops=_flops_an_element(4 + 4 + 3),
     )
 
 
@@ -293,7 +305,7 @@ def _denoising_suite(form: str, **kind: Any) -> Suite:
         make_problem=partial(features.DenoisingProblem, **kind),
         element_bytes=2 if "dtype" in kind else BYTES,
         # Squared errors of both predictions, and the gradient.
-        flops=6 + 2,
+        flops=_flops_an_element(6 + 2),
     )
 
 
@@ -305,23 +317,50 @@ def _attention_suite(form: str, **kind: Any) -> Suite:
         # gradients. What of the maps' sums goes to memory is left out: a layer's fits in a cache.
         accesses=1 + 1 + 2,
         makers={
-            "attention_alignment_loss": _plain(attention.attention_op),
-            "materialised maps": _plain(attention.attention_autograd),
-            "torch.compile of materialised maps": _compiled(attention.attention_autograd),
+            "attention_alignment_loss": attention.attention_op,
+            "materialised maps": attention.attention_autograd,
+            "torch.compile of materialised maps": _compiled(
+                lambda problem: attention.attention_autograd(problem).call
+            ),
         },
         wanted=attention.exact_attention,
         errors=loss_errors,
         make_problem=partial(attention.AttentionProblem, **kind),
         element_bytes=2 if "dtype" in kind else BYTES,
+        flops=attention.count_alignment_flops,
+    )
+
+
+def _joint_attention_suite(form: str, **kind: Any) -> Suite:
+    return Suite(
+        name="joint attention",
+        form=form,
+        # Read the base's queries, keys and values, write the output; the same of the tuned ones;
+        # then read these four and the output's gradient, write three gradients.
+        accesses=4 + 4 + 8,
+        makers={
+            "joint_attention": attention.joint_attention_op,
+            "materialised maps": attention.joint_attention_autograd,
+            "torch.compile of flex_attention": attention.joint_attention_flex,
+        },
+        wanted=attention.exact_joint_attention,
+        errors=partial(loss_errors, narrow="narrow gradients of attention"),
+        make_problem=partial(attention.JointAttentionProblem, **kind),
+        element_bytes=2 if "dtype" in kind else BYTES,
+        flops=attention.count_joint_flops,
     )
 
 
 ATTENTION_ALIGNMENT = _attention_suite("float32")
 ATTENTION_ALIGNMENT_JOINT = _attention_suite("float32, logsumexp given", joint=True)
 ATTENTION_ALIGNMENT_BF16 = _attention_suite("bfloat16", dtype=torch.bfloat16)
+ATTENTION_ALIGNMENT_FP16 = _attention_suite("float16", dtype=torch.float16)
 ATTENTION_ALIGNMENT_JOINT_BF16 = _attention_suite(
     "bfloat16, logsumexp given", dtype=torch.bfloat16, joint=True
 )
+JOINT_ATTENTION = _joint_attention_suite("float32")
+JOINT_ATTENTION_BF16 = _joint_attention_suite("bfloat16", dtype=torch.bfloat16)
+JOINT_ATTENTION_FP16 = _joint_attention_suite("float16", dtype=torch.float16)
 FEATURE_ALIGNMENT = _feature_suite("float32")
 FEATURE_ALIGNMENT_CHANNELS_LAST = _feature_suite("float32, channels_last", channels_last=True)
 FEATURE_ALIGNMENT_BF16 = _feature_suite("bfloat16", dtype=torch.bfloat16)

@@ -8,6 +8,8 @@ from pathlib import Path
 from bench import ROOT
 from bench.gpu import MAIN_WORKLOAD, list_targets
 from bench.rows import Row, find_row
+from bench.step_rows import list_gpu_targets
+from bench.step_tables import cpu_step_table, gpu_step_table
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
@@ -41,8 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_tables(results: Path) -> str:
-    """Return the tables as Markdown: the latest CPU result, and the latest of each GPU."""
-    parts = [_cpu_table(_latest(results.glob("cpu-anchor-*.json")))]
+    """Return the tables as Markdown: the latest CPU results, and the latest of each GPU."""
+    parts = [
+        _cpu_table(_latest(results.glob("cpu-anchor-*.json"))),
+        _alignment_table(_latest(results.glob("cpu-alignment-*.json"))),
+    ]
+    steps = _latest(results.glob("cpu-step-*.json"))
+    parts.insert(0, cpu_step_table(steps, _machine(steps)))
     by_gpu: dict[str, list[Path]] = {}
     for path in results.glob("gpu-*.json"):
         # gpu-<name>-<year>-<month>-<day>
@@ -79,6 +86,24 @@ def _cpu_cell(row: Row | None) -> str:
     return f"{row['p50 ms']:.1f}" + ("" if ours else f" ({row['times ours']:.1f}x)")
 
 
+def _alignment_table(report: Row | None) -> str:
+    """Return a line for each op, form and workload of the report: ours, then the others."""
+    lines = [
+        "**APT's regularisers on the CPU**, the base's side, the losses and their gradients "
+        f"({_machine(report)}):",
+        "",
+        "| | op, ms, median | what a trainer would write |",
+        "|---|---|---|",
+    ]
+    by_work: dict[tuple[object, ...], list[Row]] = {}
+    for row in report["rows"] if report else []:
+        by_work.setdefault((row["suite"], row["form"], row["workload"]), []).append(row)
+    for (suite, form, workload), (ours, *others) in by_work.items():
+        texts = [f"{row['way']} {row['p50 ms']:.1f} ({row['times ours']:.1f}x)" for row in others]
+        lines.append(f"| {suite}, {form}: {workload} | {ours['p50 ms']:.1f} | {', '.join(texts)} |")
+    return "\n".join(lines if by_work else [lines[0].removesuffix(":") + "."])
+
+
 def _gpu_table(report: Row | None) -> str:
     rows = report["rows"] if report else []
     lines = [
@@ -90,8 +115,10 @@ def _gpu_table(report: Row | None) -> str:
         lines += ["| | ms, median | of the copy bandwidth | extra memory |", "|---|---|---|---|"]
         lines += [_gpu_line(rows, way, title) for way, title in GPU_WAYS.items()]
         lines.append("")
+        if steps := gpu_step_table(rows):
+            lines += [steps, ""]
     lines += ["| target | wanted | measured |", "|---|---|---|"]
-    for target in list_targets(rows):
+    for target in list_targets(rows) + list_gpu_targets(rows):
         measured = target["measured"]
         text = NOT_MEASURED if measured is None else f"{measured:.2f}"
         lines.append(f"| {target['what']} | {target['target']} | {text} |")

@@ -19,10 +19,14 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Way:
-    """A call, and what sets the optimizer behind it back to before its first step."""
+    """A call, and what sets the optimizer behind it back to before its first step.
+
+    ``letting_go``: the call without its results kept, where their memory is not to be counted.
+    """
 
     call: Call
     rewind: Callable[[], None] = lambda: None
+    letting_go: Call | None = None
 
 
 # The anchor on the tensors themselves.

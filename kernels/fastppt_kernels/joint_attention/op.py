@@ -1,18 +1,21 @@
-"""Joint attention: checks, registration with torch.library, and the attention of a GPU.
+"""Joint attention: checks, and registration with torch.library.
 
 Shape suffixes: B batch, H heads, N tokens of image and text, D head dim.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastppt_kernels.attention_alignment import attention_alignment_loss, attention_map_sum
-from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
-from fastppt_kernels.joint_attention.plain import attend, backpropagate_attention
+from fastppt_kernels.checks import refuse_second_derivative
+from fastppt_kernels.joint_attention.flash import (
+    LARGEST_WIDTH,
+    SHIFT_COLUMNS,
+    attend,
+    backpropagate_attention,
+)
 
 __all__ = ["joint_attention", "joint_attention_map_sum"]
 
@@ -55,18 +58,28 @@ def joint_attention(
         float64 query). Differentiable once.
 
     Raises:
-        ValueError: A tensor of a wrong shape, dtype or device (named); a float64 query on a GPU.
+        ValueError: A tensor of a wrong shape, dtype or device (named); on a GPU a float64 query,
+            or a bfloat16 or float16 query of a head dim over 254.
 
-    Rounding: on the CPU all is taken in float32 (float64), and the results are rounded once. On a
-        GPU as FlexAttention does it, and as :func:`attention_alignment_loss`.
+    Rounding: the attention as PyTorch's flash attention: sums in float32 (float64), maps and their
+        gradients rounded to the inputs' dtype before they are multiplied, the results once.
+        dlogsumexp enters as two numbers of that dtype, 16 bits of it in bfloat16. The loss as
+        :func:`attention_alignment_loss`.
 
-    Memory: no [B, H, N, N] is made. On a GPU the attention is ``torch.compile`` of FlexAttention:
-        its first call compiles.
-    Memory traffic and FLOPs: those of flash attention, 4 H N^2 D forward and 10 H N^2 D backward,
-        and of the loss over the text keys, text / N of a tenth to a half more.
+    Determinism: output and loss of two runs are equal bit by bit, on the CPU the gradients too. On
+        a GPU flash attention adds up gradients in any order, unless
+        ``torch.use_deterministic_algorithms(True)`` is set: it is the caller's to set.
+
+    Memory: no [B, H, N, N] is made. Between forward and backward q, k, v, the output, the
+        logsumexp [B, H, N] and what :func:`attention_alignment_loss` keeps; the backward copies
+        five tensors [B, H, N, D] with 2 to 9 columns more, and the returned gradients are views of
+        so many columns. Nothing is read on the host, nothing compiled.
+    Memory traffic and FLOPs: those of flash attention, 4 H N^2 D forward and 10 H N^2 W backward,
+        W being D + 2 rounded up to a multiple of 8 (a GPU's kernels round it up further, 72 to
+        96), and those of the loss over the text keys.
     """
     scale = _check(query, key, value, num_text_tokens, scale)
-    output, logsumexp = _attend(query, key, value, scale)
+    output, logsumexp = torch.ops.fastppt_kernels.attention(query, key, value, scale)
     num_image_tokens = query.shape[2] - num_text_tokens
     loss = attention_alignment_loss(
         query[:, :, :num_image_tokens],
@@ -96,7 +109,7 @@ def joint_attention_map_sum(
         (float64 with a float64 query).
     """
     scale = _check(query, key, value, num_text_tokens, scale)
-    output, logsumexp = _attend(query, key, value, scale)
+    output, logsumexp = torch.ops.fastppt_kernels.attention(query, key, value, scale)
     num_image_tokens = query.shape[2] - num_text_tokens
     map_sum = attention_map_sum(
         query[:, :, :num_image_tokens],
@@ -118,6 +131,12 @@ def _check(
         )
     if not query.dtype.is_floating_point or (query.is_cuda and query.dtype == torch.float64):
         raise ValueError(f"query: got dtype {query.dtype}, want float32, bfloat16 or float16")
+    largest = LARGEST_WIDTH - SHIFT_COLUMNS
+    if query.is_cuda and query.dtype != torch.float32 and query.shape[3] > largest:
+        raise ValueError(
+            f"query: got head dim {query.shape[3]} of {query.dtype} on a GPU, want at most "
+            f"{largest}; use float32"
+        )
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(
@@ -137,32 +156,12 @@ def _check(
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if query.device.type == "cpu":
-        output, logsumexp = torch.ops.fastppt_kernels.attention(query, key, value, scale)
-        return output, logsumexp
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    output, aux = _compiled_flex_attention()(
-        query, key, value, scale=scale, return_aux=AuxRequest(lse=True)
-    )
-    return output, aux.lse
-
-
-@cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    """Return FlexAttention compiled: not compiled it has no kernel, and makes all maps."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@torch.library.custom_op("fastppt_kernels::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastppt_kernels::attention", mutates_args=())
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return attend(query, key, value, scale)
 
 
-@torch.library.custom_op("fastppt_kernels::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastppt_kernels::attention_backward", mutates_args=())
 def _attention_backward_op(
     grad_output: Tensor,
     grad_logsumexp: Tensor,
@@ -178,24 +177,9 @@ def _attention_backward_op(
     )
 
 
-@_attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype([query]))
-    return torch.empty_like(query), logsumexp
-
-
-@_attention_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    grad_logsumexp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+# PyTorch's own operations know what their results look like, strides and all.
+_attention_op.register_fake(attend)
+_attention_backward_op.register_fake(backpropagate_attention)
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
