@@ -6,7 +6,7 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +14,7 @@ from fastppt.config import PromptsConfig
 from fastppt.data.latents import LatentBank, encode_latents
 from fastppt.data.photos import Photo, cover_scale, crop_photo
 from fastppt.data.prompts import PromptBank, encode_prompt_bank
+from fastppt.data.views import View
 from fastppt.families.base import Family
 
 ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -34,11 +35,13 @@ class Bucket:
 
     Attributes:
         size: (height, width) in pixels.
+        photos: Which of the run's photos they are, by their number there, in the banks' order.
         latents: Their latents.
         prompts: Their prompts, in the same order; the embeddings are those of all buckets.
     """
 
     size: tuple[int, int]
+    photos: dict[int, Photo]
     latents: LatentBank
     prompts: PromptBank
 
@@ -89,14 +92,22 @@ def encode_buckets(
     prompts: PromptsConfig,
     photos: Sequence[Photo],
     sizes: Sequence[tuple[int, int]],
+    views: Sequence[Sequence[View]] | None = None,
+    on_encoded: Callable[[], object] = lambda: None,
 ) -> list[Bucket]:
-    """Crop each photo to its size and encode it once.
+    """Crop each photo to its size and encode it once, and its augmented views.
+
+    Where the network is told of a photo's size, it is told the same of its augmented views (our
+    choice): they are made of the crop, so they show no more than it does, and nothing but the
+    picture differs from the plain one.
 
     Args:
         family: The loaded model.
         prompts: The run's.
         photos: All photos.
         sizes: (height, width) of each photo's bucket, pixels.
+        views: The augmented views of each photo, of all the same number; None for none.
+        on_encoded: Called after each picture.
 
     Returns:
         The buckets that have photos, in the order of their first.
@@ -106,8 +117,10 @@ def encode_buckets(
     buckets = []
     for size in dict.fromkeys(sizes):
         rows = [row for row, other in enumerate(sizes) if other == size]
-        latents = encode_latents(family, [crops[row] for row in rows])
-        buckets.append(Bucket(size, latents, bank.select(rows)))
+        own_views = [views[row] if views is not None else () for row in rows]
+        latents = encode_latents(family, [crops[row] for row in rows], own_views, on_encoded)
+        numbered = {row: photos[row] for row in rows}
+        buckets.append(Bucket(size, numbered, latents, bank.select(rows)))
     return buckets
 
 

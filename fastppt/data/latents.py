@@ -1,18 +1,19 @@
 """The latent bank: every photo of one size encoded once, kept at a fixed device address.
 
-Shape legend: P photos, V encodings a photo (the plain one first), C latent channels, h and w
-latent height and width, B batch.
+Shape legend: P photos, V augmented views a photo, C latent channels, h and w latent height and
+width, B batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastppt.data.photos import CroppedPhoto
+from fastppt.data.views import View, take_view
 from fastppt.families.base import Family
 
 PLAIN_VIEW = 0
@@ -23,7 +24,8 @@ class LatentBank:
     """Posterior means and standard deviations of the photos' latents.
 
     Attributes:
-        posteriors: [P, V, 2, C, h, w], mean and std, scaled as the network wants them.
+        posteriors: [P, 1 + V, 2, C, h, w], mean and std, scaled as the network wants them: of the
+            photo as it is (`PLAIN_VIEW`), then of its augmented views.
     """
 
     posteriors: Tensor
@@ -34,9 +36,19 @@ class LatentBank:
         return self.posteriors.shape[0]
 
     @property
+    def num_views(self) -> int:
+        """Number of augmented views a photo V."""
+        return self.posteriors.shape[1] - 1
+
+    @property
     def latent_shape(self) -> torch.Size:
         """(C, h, w) of one latent."""
         return self.posteriors.shape[3:]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the bank takes."""
+        return self.posteriors.nbytes
 
     def sample(self, photos: Tensor, views: Tensor, normals: Tensor) -> Tensor:
         """Return latents mean + std * normal of the VAE's posterior (arXiv 1312.6114, eq. 4).
@@ -50,10 +62,43 @@ class LatentBank:
         return mean + std * normals
 
 
-def encode_latents(family: Family, photos: Sequence[CroppedPhoto]) -> LatentBank:
-    """Encode photos of one size, each on its own (one 1024-pixel picture fills a card enough)."""
-    posteriors = []
-    for photo in photos:
-        mean_1chw, std_1chw = family.encode_photos(photo.pixels[None])
-        posteriors.append(torch.stack([mean_1chw[0], std_1chw[0]]))
-    return LatentBank(torch.stack(posteriors)[:, None].contiguous())
+def encode_latents(
+    family: Family,
+    photos: Sequence[CroppedPhoto],
+    views: Sequence[Sequence[View]],
+    on_encoded: Callable[[], object],
+) -> LatentBank:
+    """Encode photos of one size and their augmented views.
+
+    Args:
+        family: The loaded model, its VAE on the device.
+        photos: The photos.
+        views: The augmented views of each, of all the same number.
+        on_encoded: Called after each picture.
+    """
+    rows = []
+    for photo, own_views in zip(photos, views, strict=True):
+        row = []
+        for view in (None, *own_views):
+            row.append(encode_picture(family, photo.pixels, view))
+            on_encoded()
+        rows.append(torch.stack(row))
+    return LatentBank(torch.stack(rows))
+
+
+def encode_picture(family: Family, pixels_chw: Tensor, view: View | None) -> Tensor:
+    """Encode one picture by itself: at 1024 pixels one fills the VAE's memory enough.
+
+    Args:
+        family: The loaded model, its VAE on the device.
+        pixels_chw: [3, H, W] in [-1, 1]; from pinned memory nothing here makes the host wait.
+        view: What is done to the picture first; None for nothing.
+
+    Returns:
+        [2, C, h, w], mean and std.
+    """
+    pixels_chw = pixels_chw.to(family.device, non_blocking=True)
+    if view is not None:
+        pixels_chw = take_view(pixels_chw, view)
+    mean_1chw, std_1chw = family.encode_photos(pixels_chw[None])
+    return torch.cat([mean_1chw, std_1chw])

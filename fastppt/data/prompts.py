@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppt.config import PromptsConfig
+from fastppt.data.columns import align_columns
 from fastppt.data.photos import CroppedPhoto, Photo
 from fastppt.families.base import Family, PromptEmbeddings
 
@@ -20,23 +21,46 @@ class PromptBank:
     """What the text says and the sizes that go with it, by photo.
 
     Attributes:
-        embeddings: One row a different prompt.
+        embeddings: One row a different prompt, of K tokens.
         subject_rows: [P] int64, the row of each photo's subject prompt.
+        class_rows: [P] int64, the row of its class prompt: what the base is asked.
+        columns: [P, K] int64, the token of the class prompt that each token of the subject prompt
+            is compared with; -1: none.
         sizes: [P, S], what the network is told of each photo's size.
     """
 
     embeddings: PromptEmbeddings
     subject_rows: Tensor
+    class_rows: Tensor
+    columns: Tensor
     sizes: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the bank takes, embeddings that other banks share included."""
+        pooled = self.embeddings.pooled
+        tensors = [self.embeddings.tokens, *([] if pooled is None else [pooled])]
+        tensors += [self.subject_rows, self.class_rows, self.columns, self.sizes]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def subject(self, photos: Tensor) -> PromptEmbeddings:
         """Return the subject prompts of the given photos, [B] int64."""
         return self.embeddings[self.subject_rows[photos]]
 
+    def plain_class(self, photos: Tensor) -> PromptEmbeddings:
+        """Return the class prompts of the given photos, [B] int64."""
+        return self.embeddings[self.class_rows[photos]]
+
     def select(self, photos: Sequence[int]) -> PromptBank:
         """Return the bank of some of the photos; the embeddings are shared."""
         rows = torch.tensor(photos, device=self.subject_rows.device)
-        return PromptBank(self.embeddings, self.subject_rows[rows], self.sizes[rows])
+        return PromptBank(
+            self.embeddings,
+            self.subject_rows[rows],
+            self.class_rows[rows],
+            self.columns[rows],
+            self.sizes[rows],
+        )
 
 
 def subject_words(prompts: PromptsConfig) -> str:
@@ -50,8 +74,13 @@ def subject_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:
     return text.replace("{subject}", subject_words(prompts))
 
 
-def class_prompt(prompts: PromptsConfig) -> str:
-    """Return the prompt c of the plain class."""
+def class_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:
+    """Return the prompt c of the plain class: a photo's caption with the class noun for {subject}.
+
+    Without a caption of its own it is the run's ``class_prompt``.
+    """
+    if caption is not None:
+        return caption.replace("{subject}", str(prompts.class_noun))
     return prompts.class_prompt.replace("{class_noun}", str(prompts.class_noun))
 
 
@@ -67,16 +96,24 @@ def encode_prompt_bank(
     photos: Sequence[Photo],
     crops: Sequence[CroppedPhoto],
 ) -> PromptBank:
-    """Encode each different subject prompt once and note which photo has which."""
-    texts = [subject_prompt(prompts, photo.caption) for photo in photos]
-    unique = list(dict.fromkeys(texts))
+    """Encode each different subject and class prompt once and note which photo has which."""
+    subjects = [subject_prompt(prompts, photo.caption) for photo in photos]
+    classes = [class_prompt(prompts, photo.caption) for photo in photos]
+    unique = list(dict.fromkeys([*subjects, *classes]))
+    tokens = {text: family.token_blocks(text) for text in unique}
+    columns = [
+        align_columns(tokens[subject], tokens[base])
+        for subject, base in zip(subjects, classes, strict=True)
+    ]
     sizes = [
         family.size_conditions(photo.size, crop.crop, crop.size)
         for photo, crop in zip(photos, crops, strict=True)
     ]
     return PromptBank(
         embeddings=family.encode_prompts(unique),
-        subject_rows=torch.tensor([unique.index(text) for text in texts], device=family.device),
+        subject_rows=torch.tensor([unique.index(text) for text in subjects], device=family.device),
+        class_rows=torch.tensor([unique.index(text) for text in classes], device=family.device),
+        columns=torch.tensor(columns, device=family.device),
         sizes=torch.stack(sizes),
     )
 

@@ -10,7 +10,10 @@ from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_sizes, encode_buckets, nearest_size
 from fastppt.data.photos import Photo, cover_scale
 from fastppt.data.prompts import quiet_truncation, sample_prompts, truncation_notes
+from fastppt.data.views import draw_views
 from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.training.progress import encoding_line
+from fastppt.training.seeds import VIEW_STREAM, split_seed
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ def encode(
     config: RunConfig, family: Family, photos: list[Photo], console: Console
 ) -> tuple[list[Bucket], SampleSheet]:
     """Encode photos and prompts once, then take the encoders off the device.
+
+    Photos get augmented views where a stage draws them. The VAE stays on the device where views are
+    drawn anew during training.
 
     Args:
         config: Resolved.
@@ -48,12 +54,18 @@ def encode(
             if family.largest_side is None or max(size) <= family.largest_side
         ]
         sizes = [nearest_size(photo, possible) for photo in photos]
+    views = None
+    if config.augment:
+        seed = split_seed(config.seed, VIEW_STREAM)
+        views = [draw_views(config.photos, seed, number, 0) for number in range(len(photos))]
+    num_views = config.photos.views if config.augment else 0
     notes = _upscaling_notes(photos, sizes) + truncation_notes(family, config.prompts, photos)
     with quiet_truncation():
-        buckets = encode_buckets(family, config.prompts, photos, sizes)
+        with encoding_line(console, len(photos), num_views) as advance:
+            buckets = encode_buckets(family, config.prompts, photos, sizes, views, advance)
         captions = sample_prompts(config.prompts)
         sheet = SampleSheet(captions, family.encode_prompts(captions), family.encode_negative())
-    family.release_encoders()
+    family.release_encoders(keep_vae=config.photos.refresh_every > 0)
     if config.photos.buckets:
         plural = "s" * (len(buckets) > 1)
         notes.append(f"{len(buckets)} bucket{plural}: {', '.join(map(str, buckets))}")

@@ -99,6 +99,8 @@ def test_each_bucket_holds_the_latents_prompts_and_sizes_of_its_photos(
         "64x64 (1 photo)",
         "48x80 (1 photo)",
     ]
+    assert [list(bucket.photos) for bucket in buckets] == [[0, 2], [1], [3]]
+    assert all(bucket.photos[row] is found[row] for bucket in buckets for row in bucket.photos)
     lying = buckets[0]
     assert all(b.prompts.embeddings.tokens is lying.prompts.embeddings.tokens for b in buckets)
     second = crop_photo(found[2], (48, 80))
