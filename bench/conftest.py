@@ -91,7 +91,20 @@ def run_way(benchmark, device, machine, copy_gb_per_s, request):
 
 
 @pytest.fixture
-def run_in_rotation(benchmark, device, machine, copy_gb_per_s, request):
+def note_ratio(request):
+    """Return what keeps the ratio of two rows of a workload for the summary."""
+
+    def note(ours: Row, other: Row, name: str) -> None:
+        request.config.stash[RATIO_LINES].append(
+            f"{ours['way']}, {name}: {other['times ours']:6.2f}x over {other['way']} "
+            f"({ours['p50 ms']:.2f} ms against {other['p50 ms']:.2f} ms)"
+        )
+
+    return note
+
+
+@pytest.fixture
+def run_in_rotation(benchmark, device, machine, copy_gb_per_s, note_ratio):
     """Return what times all ways of a suite in rotation and keeps the ratios for the summary."""
 
     def run(suite: Suite, name: str) -> None:
@@ -110,10 +123,7 @@ def run_in_rotation(benchmark, device, machine, copy_gb_per_s, request):
         assert not refusals
         benchmark.extra_info |= {"rows": rows, "machine": machine}
         for row in rows[1:]:
-            request.config.stash[RATIO_LINES].append(
-                f"{rows[0]['way']}, {name}: {row['times ours']:6.2f}x over {row['way']} "
-                f"({rows[0]['p50 ms']:.2f} ms against {row['p50 ms']:.2f} ms)"
-            )
+            note_ratio(rows[0], row, name)
 
     return run
 

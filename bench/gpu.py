@@ -1,8 +1,8 @@
 """The one command for a machine with a GPU: ``python -m bench.gpu --out bench/results``.
 
-The gpu-marked tests first; a red one stops the report. Then the anchor and the optimizer against
-what a trainer would write, on the GPU, until the time is up; what no longer fits is listed as not
-measured. One JSON is left, written anew after every workload.
+The gpu-marked tests first; a red one stops the report. Then the ops, the optimizer and whole steps
+against what a trainer would write, on the GPU, until the time is up; what no longer fits is listed
+as not measured. One JSON is left, written anew after every workload.
 """
 
 import argparse
@@ -11,11 +11,8 @@ import importlib.util
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from bench import ROOT
+from bench.attention import count_maps
+from bench.gpu_tests import TRAINER_NEEDS, run_gpu_tests
 from bench.machine import copy_bandwidth, describe_machine
 from bench.rows import (
     WARM_UP_CALLS,
@@ -36,15 +34,21 @@ from bench.rows import (
     time_workload,
     write_report,
 )
+from bench.shapes import ATTENTIONS
+from bench.step_plans import FIRST_PLANS, LAST_PLANS, StepPlan
+from bench.step_rows import list_gpu_targets
 from bench.suites import (
     ADAPTIVE_DENOISING_BF16,
     ANCHOR,
     ATTENTION_ALIGNMENT_BF16,
+    ATTENTION_ALIGNMENT_FP16,
     ATTENTION_ALIGNMENT_JOINT_BF16,
     COMPILE,
     FEATURE_ALIGNMENT_BF16,
     FEATURE_ALIGNMENT_BF16_CHANNELS_LAST,
     FEATURE_WORKLOADS,
+    JOINT_ATTENTION_BF16,
+    JOINT_ATTENTION_FP16,
     LATENT_WORKLOADS,
     LORA_ANCHOR,
     LORA_ANCHOR_ANCHORED,
@@ -65,11 +69,11 @@ SECONDS = 2.0
 LEAST_SECONDS = 10.0
 LEAST_COMPILE_SECONDS = 60.0
 
-# What tests/conftest.py imports beside torch. Without them only the kernels can be tested.
-TRAINER_NEEDS = ("diffusers", "transformers", "pydantic", "tomli_w", "PIL", "safetensors")
-
 MAIN_WORKLOAD = "SDXL, rank 32"
 ADAPTERS = ("SDXL, rank 4", "SDXL, rank 128", "SD3-M, rank 32", "SD1.5, rank 32")
+# All 36 layers.
+MAIN_ATTENTION = "SDXL attention"
+JOINT_LAYERS = tuple(f"SD3-M attention, {num_text} text tokens, a layer" for num_text in (154, 333))
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,44 @@ class Plan:
             names = [n for n in names if not n.startswith("autograd loop")]
         return names
 
+    @property
+    def least_seconds(self) -> float:
+        return LEAST_COMPILE_SECONDS if self.compiled else LEAST_SECONDS
+
+    @property
+    def most_seconds(self) -> float:
+        return TOTAL_SECONDS
+
+    def modes(self, modes: Sequence[str]) -> Sequence[str]:
+        """Return in which of the modes it is run."""
+        return modes
+
+    def time(self, mode: str, device: str, copy_gb_per_s: float) -> tuple[list[Row], list[Row]]:
+        """Return the rows, and the refusals of what disagrees."""
+        return time_workload(
+            self.suite,
+            list_workload(self.workload),
+            names=self.names(mode),
+            copy_gb_per_s=copy_gb_per_s,
+            seconds=SECONDS,
+            device=device,
+            mode=mode,
+            capture=capture if mode == "captured" else None,
+        )
+
+    def show(self, rows: Sequence[Row]) -> None:
+        print_rows(rows)
+
     def __str__(self) -> str:
         kind = ", torch.compile" if self.compiled else ""
         return f"{self.suite.name} ({self.suite.form}), {self.workload}{kind}"
 
 
-# The most wanted first, for the time may be up before the last.
+# The most wanted first, for the time may be up before the last. After so many the steps begin.
+NUM_MOST_WANTED = 2
 PLANS = (
     Plan(OPTIMIZER, MAIN_WORKLOAD),
+    Plan(ATTENTION_ALIGNMENT_BF16, MAIN_ATTENTION),
     Plan(OPTIMIZER_EFFECTIVE, MAIN_WORKLOAD),
     Plan(ANCHOR, MAIN_WORKLOAD),
     Plan(LORA_ANCHOR, MAIN_WORKLOAD),
@@ -104,11 +138,16 @@ PLANS = (
     Plan(OPTIMIZER, "SD1.5 full"),
     *(Plan(OPTIMIZER, workload) for workload in ADAPTERS),
     Plan(OPTIMIZER, "SD1.5, rank 32", compiled=True),
-    Plan(ATTENTION_ALIGNMENT_BF16, "SDXL attention"),
+    Plan(JOINT_ATTENTION_BF16, JOINT_LAYERS[0]),
+    Plan(JOINT_ATTENTION_BF16, JOINT_LAYERS[0], compiled=True),
+    Plan(JOINT_ATTENTION_BF16, JOINT_LAYERS[1]),
+    Plan(JOINT_ATTENTION_BF16, JOINT_LAYERS[1], compiled=True),
     Plan(ATTENTION_ALIGNMENT_BF16, "SD1.5 attention"),
     Plan(ATTENTION_ALIGNMENT_JOINT_BF16, "SD3-M attention, 154 text tokens"),
     Plan(ATTENTION_ALIGNMENT_JOINT_BF16, "SD3-M attention, 333 text tokens"),
-    Plan(ATTENTION_ALIGNMENT_BF16, "SDXL attention", compiled=True),
+    Plan(ATTENTION_ALIGNMENT_FP16, MAIN_ATTENTION),
+    Plan(JOINT_ATTENTION_FP16, JOINT_LAYERS[0]),
+    Plan(ATTENTION_ALIGNMENT_BF16, MAIN_ATTENTION, compiled=True),
     *(
         Plan(suite, name)
         for suite in (FEATURE_ALIGNMENT_BF16, FEATURE_ALIGNMENT_BF16_CHANNELS_LAST)
@@ -126,6 +165,25 @@ PLANS = (
     Plan(LORA_ANCHOR, MAIN_WORKLOAD, compiled=True),
     Plan(OPTIMIZER, MAIN_WORKLOAD, compiled=True),
 )
+
+
+def trainer_plans() -> tuple[Plan, ...]:
+    """Return the plans that need the trainer's packages, and peft; none where these are not."""
+    if not all(importlib.util.find_spec(name) for name in (*TRAINER_NEEDS, "peft")):
+        return ()
+    from bench.lora import LAYER, LAYERS, LORA_BF16
+
+    return Plan(LORA_BF16, LAYERS), Plan(LORA_BF16, LAYER, compiled=True)
+
+
+def list_plans() -> tuple[Plan | StepPlan, ...]:
+    """Return all plans in their order; what is not here is said."""
+    others = trainer_plans()
+    if not others:
+        print("steps and adapters are not measured: pip install -e '.[test]' for their packages")
+        return PLANS
+    wanted, rest = PLANS[:NUM_MOST_WANTED], PLANS[NUM_MOST_WANTED:]
+    return (*wanted, *FIRST_PLANS, *others, *rest, *LAST_PLANS)
 
 
 class OutOfTimeError(Exception):
@@ -166,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "copy gb/s": copy_bandwidth("cuda"),
         "tests": {key: tests[key] for key in ("folder", "passed", "failed", "skipped", "seconds")},
     }
-    report = measure(PLANS, report, path, end)
+    report = measure(list_plans(), report, path, end)
     print_targets(report["targets"])
     for row in [*report["refused"], *report["not measured"]]:
         print(f"  {row}")
@@ -174,61 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report["refused"] or any(r["failed"] for r in report["not measured"]) else 0
 
 
-def run_gpu_tests(seconds: float) -> Row:
-    """Run the gpu-marked tests; ``stop`` says why nothing should be measured, or is None."""
-    whole = all(importlib.util.find_spec(name) for name in TRAINER_NEEDS)
-    folder = "tests" if whole else "tests/kernels"
-    # Without the trainer's packages the conftest.py above the folder cannot be imported.
-    cut = [] if whole else [f"--confcutdir={folder}"]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        counts_file = Path(scratch) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={counts_file}", *cut, folder]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                timeout=seconds,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            code, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as expired:
-            shown = expired.stdout or b""
-            code, output = None, shown if isinstance(shown, str) else shown.decode()
-        counts = count_tests(counts_file)
-    if code is None:
-        stop = f"the gpu tests took more than {seconds:.0f} s"
-    elif code not in (0, 5) or counts["failed"]:
-        stop = f"the gpu tests are red (pytest's exit code is {code})"
-    else:
-        stop = (
-            None if counts["passed"] else "no gpu test passed, so none says that the ops are right"
-        )
-    seconds_taken = time.monotonic() - start
-    return counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
-
-
-def count_tests(path: Path) -> dict[str, int]:
-    """Return how many tests of a JUnit file passed, failed and were skipped."""
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    if not path.is_file():
-        return counts
-    for suite in ElementTree.parse(path).getroot().iter("testsuite"):
-        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-        skipped = int(suite.get("skipped", 0))
-        counts["failed"] += failed
-        counts["skipped"] += skipped
-        counts["passed"] += int(suite.get("tests", 0)) - failed - skipped
-    return counts
-
-
 def measure(
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | StepPlan],
     report: Row,
     path: Path,
     end: float,
@@ -242,28 +247,18 @@ def measure(
     not_measured = [
         {"plan": str(plan), "mode": mode, "why": "the time was up", "failed": False}
         for plan in plans
-        for mode in modes
+        for mode in plan.modes(modes)
     ]
     for plan in plans:
-        least = LEAST_COMPILE_SECONDS if plan.compiled else LEAST_SECONDS
-        for mode in modes:
+        for mode in plan.modes(modes):
             left = end - time.monotonic()
             entry = next(e for e in not_measured if (e["plan"], e["mode"]) == (str(plan), mode))
-            if left >= least:
+            if left >= plan.least_seconds:
                 print(f"{plan}, {mode}")
                 try:
-                    with at_most(left):
+                    with at_most(min(left, plan.most_seconds)):
                         free_memory(device)
-                        timed, refusals = time_workload(
-                            plan.suite,
-                            list_workload(plan.workload),
-                            names=plan.names(mode),
-                            copy_gb_per_s=report["copy gb/s"],
-                            seconds=SECONDS,
-                            device=device,
-                            mode=mode,
-                            capture=capture if mode == "captured" else None,
-                        )
+                        timed, refusals = plan.time(mode, device, report["copy gb/s"])
                 # Whatever one workload dies of, the others are still worth their time, and the
                 # report names it.
                 except Exception as error:
@@ -271,11 +266,12 @@ def measure(
                     entry |= {"why": why, "failed": not isinstance(error, TOO_LARGE)}
                     print(f"  not measured: {why}")
                 else:
-                    print_rows(timed)
+                    plan.show(timed)
                     rows += timed
                     refused += refusals
                     not_measured.remove(entry)
-            report |= {"targets": list_targets(rows), "rows": rows, "refused": refused}
+            targets = list_targets(rows) + list_gpu_targets(rows)
+            report |= {"targets": targets, "rows": rows, "refused": refused}
             report |= {"not measured": not_measured}
             write_report(path, report)
     return report
@@ -307,7 +303,11 @@ def capture(way: Way) -> Way:
 
 
 def list_targets(rows: Sequence[Row]) -> list[Row]:
-    """Return what is asked of the fused anchor + clip + AdamW, beside what was measured."""
+    """Return what is asked, beside what was measured."""
+    return _list_optimizer_targets(rows) + _list_attention_targets(rows)
+
+
+def _list_optimizer_targets(rows: Sequence[Row]) -> list[Row]:
     labels = {"workload": MAIN_WORKLOAD, "mode": "captured", "form": "raw", "suite": "optimizer"}
     targets = []
     for kind, suffix in (("in one arena", ", arena"), ("as 1120 tensors", "")):
@@ -321,6 +321,24 @@ def list_targets(rows: Sequence[Row]) -> list[Row]:
         targets.append(describe_target(f"{what}: share of the copy bandwidth", 0.8, share))
         targets.append(describe_target(f"{what}: times faster than {baseline}", 1.3, ratio))
     return targets
+
+
+def _list_attention_targets(rows: Sequence[Row]) -> list[Row]:
+    suite = ATTENTION_ALIGNMENT_BF16
+    labels = {"suite": suite.name, "form": suite.form, "workload": MAIN_ATTENTION}
+    labels["way"] = "attention_alignment_loss"
+    captured, eager = (find_row(rows, mode=mode, **labels) for mode in ("captured", "eager"))
+    # A captured call allocated its own at the capture.
+    extra_bytes = None if eager is None else eager["extra bytes"]
+    map_bytes = 4 * count_maps(ATTENTIONS[MAIN_ATTENTION])
+    share = None if extra_bytes is None else extra_bytes / map_bytes
+    what = "attention alignment, SDXL's 36 layers: "
+    return [
+        describe_target(f"{what}ms, at most", 0.6, captured and captured["p50 ms"], at_most=True),
+        describe_target(
+            f"{what}extra memory over one float32 map set, at most", 0.25, share, at_most=True
+        ),
+    ]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fastppt import __version__
 from fastppt.config import RunConfig
 from fastppt.config_io import RECIPES, build_config, load_recipe, parse_setting, render_toml
 from fastppt.errors import UserError
+from fastppt.machine import peak_host_memory, size_in_words
 
 if TYPE_CHECKING:
     from fastppt.training.loop import RunResult
@@ -68,7 +69,16 @@ Rank = Annotated[int | None, typer.Option(help="Rank of the adapters.")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the adapters.")]
 AnchorWeight = Annotated[float | None, typer.Option(help="Weight of the anchor.")]
 InitLora = Annotated[Path | None, typer.Option(help="LoRA file or run folder to start from.")]
-EngineName = Annotated[str | None, typer.Option("--engine", help="auto, eager or compile.")]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="auto, eager, compile, graph or graph+compile.")
+]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Less memory, longer steps; or the other way round.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str | None, typer.Option(help="auto, bf16, fp16 or fp32.")]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between two looks at the metrics.")]
@@ -109,6 +119,7 @@ FLAG_KEYS = {
     "anchor_weight": "stage.0.objectives.anchor.weight",
     "init_lora": "stage.0.trainables.lora.init",
     "engine": "engine",
+    "gradient_checkpointing": "gradient_checkpointing",
     "device": "model.device",
     "precision": "model.precision",
     "log_every": "log_every",
@@ -151,6 +162,7 @@ def train(
     anchor_weight: AnchorWeight = None,
     init_lora: InitLora = None,
     engine: EngineName = None,
+    gradient_checkpointing: GradientCheckpointing = None,
     device: Device = None,
     precision: Precision = None,
     log_every: LogEvery = None,
@@ -273,6 +285,7 @@ def doctor(
     attention: Attention = None,
     output: Output = None,
     engine: EngineName = None,
+    gradient_checkpointing: GradientCheckpointing = None,
     device: Device = None,
     precision: Precision = None,
     settings: Settings = None,
@@ -375,11 +388,20 @@ def _program() -> str:
     return "python -m fastppt" if script.name == "__main__.py" else str(script)
 
 
+def _peaks_in_words(result: RunResult) -> str:
+    """Return the most memory that the run has had: of the GPU by phase, of the host in all."""
+    host = f"host {size_in_words(peak_host_memory())} (the whole process)"
+    if not result.peak_memory:
+        return host
+    phases = (f"{phase} {size_in_words(peak)}" for phase, peak in result.peak_memory.items())
+    most = size_in_words(max(result.peak_memory.values()))
+    return f"GPU {most} ({', '.join(phases)}), {host}"
+
+
 def _print_result(result: RunResult, console: Console) -> None:
     seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in result.seconds.items())
     console.print(f"time: {seconds}", highlight=False)
-    if result.peak_memory is not None:
-        console.print(f"peak GPU memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
+    console.print(f"peak memory: {_peaks_in_words(result)}", highlight=False)
     console.print("wrote:", highlight=False)
     for path in result.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 FilePath = Annotated[Path, Field(strict=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Engine = Literal["auto", "eager", "compile", "graph", "graph+compile"]
+CompileScope = Literal["blocks", "network"]
 AnchorForm = Literal["raw", "effective", "decoupled"]
 
 
@@ -72,15 +73,15 @@ class PhotosConfig(Section):
     """Crop each photo to the nearest of a few aspect ratios of the same area, not to a square."""
     views: Annotated[int, Field(ge=1)] = 16
     """Augmented encodings a photo, made before training where an objective augments."""
-    max_zoom_out: Annotated[float, Field(ge=1)] = 3.0
+    max_zoom_out: Annotated[float, Field(ge=1, le=10)] = 3.0
     """An augmented view shows the photo smaller by a factor drawn from 1 to this."""
     max_rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
     """An augmented view is turned by an angle drawn from minus to plus this, in degrees."""
     fill: Literal["reflect", "edge"] = "reflect"
     """What an augmented view shows outside the photo: its mirror image, or its edge drawn out."""
     refresh_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two new encodings of one photo's augmented views during training; 0 keeps
-    the first ones. The VAE stays on the device then."""
+    """Steps in which one photo's augmented views are drawn and encoded anew, beside the steps and
+    photo after photo; 0 keeps the first ones. The VAE stays on the device then."""
 
 
 class PromptsConfig(Section):
@@ -139,7 +140,7 @@ class LoraConfig(Section):
         is_list = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
         if targets is None or targets == "up" or (is_list and targets):
             return targets
-        raise ValueError(f"must be \"up\" or a list of patterns, got {targets!r}")
+        raise ValueError(f'must be "up" or a list of patterns, got {targets!r}')
 
 
 class TrainablesConfig(Section):
@@ -214,21 +215,20 @@ class ObjectivesConfig(Section):
     attention_alignment: AttentionAlignmentConfig | None = None
 
     @property
+    def adaptive(self) -> bool:
+        """Say whether the overfitting indicator weighs the samples."""
+        return self.denoising is not None and self.denoising.weighting == "adaptive"
+
+    @property
     def need_base(self) -> bool:
         """Say whether a step compares with the base network."""
-        adaptive = self.denoising is not None and self.denoising.weighting == "adaptive"
         aligned = self.feature_alignment is not None or self.attention_alignment is not None
-        return adaptive or aligned
+        return self.adaptive or aligned
 
     @property
     def augment(self) -> bool:
         """Say whether a step may draw augmented views."""
-        denoising = self.denoising
-        return (
-            denoising is not None
-            and denoising.weighting == "adaptive"
-            and denoising.max_augmentation > 0
-        )
+        return self.adaptive and self.denoising is not None and self.denoising.max_augmentation > 0
 
 
 class OptimizerConfig(Section):
@@ -263,7 +263,7 @@ class StageConfig(Section):
     """Steps over which the learning rate rises from zero."""
     base_every: Annotated[int, Field(ge=1)] = 1
     """Steps from one base pass to the next, where an objective compares with the base; the steps
-    between go without such objectives."""
+    between go without the alignments, and weigh by the indicator as it was."""
     optimizer: OptimizerConfig = OptimizerConfig()
     trainables: TrainablesConfig = TrainablesConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
@@ -274,6 +274,11 @@ class StageConfig(Section):
             raise ValueError("needs something to train: add a table such as trainables.lora")
         if self.objectives.denoising is None:
             raise ValueError("needs an objective that teaches: add the table objectives.denoising")
+        if self.base_every > 1 and not self.objectives.need_base:
+            raise ValueError(
+                f"base_every is {self.base_every}, and no objective compares with the base: "
+                "leave it out"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}"
@@ -295,12 +300,12 @@ class RunConfig(Section):
     engine: Engine = "auto"
     """How a step runs: eager, compile (the network by torch.compile), graph (the whole step in
     CUDA graphs), graph+compile, or auto: graph on a GPU, eager on the CPU."""
-    compile_scope: Literal["blocks", "network"] = "blocks"
-    """What torch.compile sees as one: each transformer block, or the whole network, whose gradients
-    are then compared with eager ones before the first step."""
+    compile_scope: CompileScope = "blocks"
+    """What torch.compile sees as one: blocks (each transformer block by itself), or network (all of
+    it), whose gradients are then compared with eager ones before the first step."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the network's blocks and compute the rest again in the backward
-    pass: less memory, a step about a third longer."""
+    pass: the same gradients from less memory, in longer steps."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two looks at the metrics."""
     sample_every: Annotated[int, Field(ge=0)] = 0
@@ -321,6 +326,29 @@ class RunConfig(Section):
     def method(self) -> str:
         """What to call the run's method: its recipe, or that its stages are its own."""
         return self.recipe or "own stages"
+
+    @property
+    def augment(self) -> bool:
+        """Say whether a step of any stage may draw augmented views."""
+        return any(stage.objectives.augment for stage in self.stage)
+
+    @model_validator(mode="after")
+    def _check_scope(self) -> RunConfig:
+        if self.compile_scope != "blocks" and "compile" not in self.engine:
+            raise ValueError(
+                f"compile_scope: engine {self.engine} compiles nothing; set engine to compile or "
+                "graph+compile, or leave compile_scope out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_refresh(self) -> RunConfig:
+        if self.photos.refresh_every > 0 and not self.augment:
+            raise ValueError(
+                "photos.refresh_every: no stage draws augmented views, so there are none to draw "
+                "anew; leave it out, or set stage.N.objectives.denoising.weighting to adaptive"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:

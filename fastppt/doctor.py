@@ -87,7 +87,10 @@ def examine(config: RunConfig) -> Report:
     ]
     report["Models"] = [hub(), mini_models()]
     if config.model.path is not None:
-        report[f"Model {config.model.path}"] = model(config.model, device, dtype)
+        found = model(config.model, device, dtype)
+        report[f"Model {config.model.path}"] = found
+        if not _has_problem(found):
+            report["Memory of the run, predicted"] = memory(config, device, dtype)
     report["Run"] = run_settings(config)
     return {title: findings for title, findings in report.items() if findings}
 
@@ -164,10 +167,10 @@ def precisions(chosen: str, device: torch.device) -> list[Finding]:
 
 def engines(chosen: Engine, device: torch.device) -> list[Finding]:
     """Return each engine: usable, or why not; and which one is taken."""
-    from fastppt.training.engine import WHY_AUTO_IS_EAGER, engines, resolve_engine
+    from fastppt.training.engine import engines, resolve_engine, why_auto
 
-    taken = resolve_engine(chosen)
-    why = f"auto takes it: {WHY_AUTO_IS_EAGER}" if chosen == "auto" else "chosen"
+    taken = resolve_engine(chosen, device)
+    why = f"auto takes it: {why_auto(device)}" if chosen == "auto" else "chosen"
     return [
         _choice(f"engine {name}", reason, name == taken, why)
         for name, reason in engines(device).items()
@@ -221,8 +224,52 @@ def model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list
 
         found.append(_fit("GPU memory", total, torch.cuda.mem_get_info(device)[0]))
     found.append(_fit("memory", total, free_host_memory()))
-    text = "activations, adapters, their gradients and moments: they come on top of the weights"
-    return [*found, Finding("note", "not counted", text)]
+    return found
+
+
+def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """Return what the run is predicted to take of its device's memory, and whether it fits.
+
+    Args:
+        config: Its model has no problem.
+        device: Where it would train.
+        dtype: Of the network and the text encoders.
+    """
+    from fastppt.families.loading import outline_family
+    from fastppt.training.engine import resolve_engine
+    from fastppt.training.memory import ASSUMED_PHOTOS, plan_memory
+
+    engine = resolve_engine(config.engine, device)
+    try:
+        family = outline_family(config.model, dtype)
+        if family is None:
+            text = "the model's configuration is not on this machine; it is with the model's folder"
+            return [Finding("note", "not predicted", text)]
+        plan = plan_memory(config.model_copy(update={"engine": engine}), family)
+    except UserError as error:
+        return [Finding("problem", "run", str(error))]
+    sizes = {what: size for what, size in plan.lasting.items() if size}
+    parts = ", ".join(f"{what} {size_in_words(size)}" for what, size in sizes.items())
+    kept = f"{size_in_words(plan.kept)} kept from the tuned pass to its backward pass"
+    if plan.remembered:
+        kept += f", {size_in_words(plan.remembered)} from the base pass to the tuned pass"
+    found = [
+        Finding("ok", "always there", f"{size_in_words(sum(sizes.values()))}: {parts}"),
+        Finding("ok", "in a step", kept),
+        *(Finding("ok", f"at most, {phase}", size_in_words(n)) for phase, n in plan.peaks.items()),
+    ]
+    if config.photos.folder is None:
+        found.append(Finding("note", "photos", f"not given: {ASSUMED_PHOTOS} are assumed"))
+    if device.type == "cuda":
+        import torch
+
+        free, place = torch.cuda.mem_get_info(device)[0], "on the GPU"
+    else:
+        free, place = free_host_memory(), "on this machine"
+    text = f"{size_in_words(plan.peak)} at most, without what libraries take for themselves; "
+    fits = plan.peak <= free
+    text = f"{'it fits' if fits else 'it does not fit'}: {text}{size_in_words(free)} free {place}"
+    return [*found, Finding("ok" if fits else "problem", "run", text)]
 
 
 def run_settings(config: RunConfig) -> list[Finding]:

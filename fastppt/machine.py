@@ -83,6 +83,16 @@ def free_host_memory() -> int:
     return min(1024 * int(kib), int(limit) - used + int(cached))
 
 
+def peak_host_memory() -> int:
+    """Return the most bytes of memory that this process has had since it began.
+
+    The kernel keeps that number (the resident set's high-water mark), and it never goes down: it
+    says nothing of a part of a run.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+
+
 def disk(output: Path | None) -> Finding:
     """Return the free disk space where the output goes, or in the current folder."""
     folder = Path.cwd() if output is None else output.absolute()

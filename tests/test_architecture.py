@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "families": {"config", "errors", "mini"},
     "trainables": {"config", "errors", "families"},
     "data": {"config", "errors", "families"},
-    "objectives": {"config", "trainables"},
+    "objectives": {"config", "errors", "families", "trainables"},
     "outputs": {"config", "config_io", "data", "errors", "families", "trainables"},
     "training": {
         *("config", "config_io", "data", "errors", "families", "objectives", "outputs"),
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "doctor": {
         *("config", "config_io", "errors", "families", "machine", "outputs", "training", ""),
     },
-    "cli": {"config", "config_io", "doctor", "errors", "outputs", "training", ""},
+    "cli": {"config", "config_io", "doctor", "errors", "machine", "outputs", "training", ""},
     "__main__": {"cli"},
     "": set(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from fastppt import cli
 from fastppt.cli import app
+from fastppt.config_io import build_config
 from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.outputs.folder import RunFolder
+from fastppt.training.loop import RunResult
 
 
 def run(*arguments: object) -> Result:
@@ -51,6 +56,9 @@ def test_train_shows_progress_and_names_its_files_and_the_next_command(
     assert finished.returncode == 0, finished.stderr
     said = finished.stdout
     assert "step 3/3  loss" in said
+    assert re.search(
+        r"^peak memory: host \d+\.\d [MG]iB \(the whole process\)$", said, re.MULTILINE
+    )
     for name in ("pytorch_lora_weights.safetensors", "out.safetensors", "README.md"):
         assert str(output / name) in said
         assert (output / name).is_file()
@@ -58,6 +66,13 @@ def test_train_shows_progress_and_names_its_files_and_the_next_command(
     program = "fastppt" if shutil.which("fastppt") else "python -m fastppt"
     assert f"{program} generate --lora {output} --prompt 'a photo of sks toy' --count 4" in said
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
+
+
+def test_the_peak_of_a_gpu_is_said_by_phase(tmp_path: Path) -> None:
+    result = RunResult(RunFolder(tmp_path), build_config())
+    result.peak_memory = {"encode": 3 * 2**30, "train": 5 * 2**30, "samples": 2**20}
+    said = cli._peaks_in_words(result)
+    assert said.startswith("GPU 5.0 GiB (encode 3.0 GiB, train 5.0 GiB, samples 1.0 MiB), host ")
 
 
 def test_generate_draws_what_stock_diffusers_draws(trained: Path, tmp_path: Path) -> None:

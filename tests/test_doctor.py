@@ -53,7 +53,9 @@ def test_every_library_is_there_with_its_version(here: Report) -> None:
 
 
 def test_the_way_a_run_would_take_is_said_and_why_not_the_others(here: Report) -> None:
-    assert "auto takes it: one run of a few hundred steps" in find(here, "engine eager").text
+    assert "auto takes it: graph captures CUDA graphs, which" in find(here, "engine eager").text
+    graph = find(here, "engine graph")
+    assert graph.level == "note" and graph.text.endswith("captures CUDA graphs, which need a GPU")
     assert find(here, "engine compile").text.startswith(("usable", "not usable: needs"))
     assert find(here, "fp32").text == "usable; auto takes it"
     assert find(here, "bf16").text == "usable"
@@ -74,7 +76,54 @@ def test_mini_model_is_found_and_fits(name: str) -> None:
     lines = [line.split() for line in result.output.splitlines()]
     assert ["ok", "family", MINI_MODELS[name]] in lines
     assert "the model fits: " in result.output
-    assert "activations, adapters, their gradients and moments" in result.output
+    assert "Memory of the run, predicted" in result.output
+    assert ["note", "photos", "not", "given:", "5", "are", "assumed"] in lines
+
+
+def test_memory_of_the_run_is_predicted_part_by_part() -> None:
+    said = {}
+    for weighting in ("uniform", "adaptive"):
+        key = "stage.0.objectives.denoising.weighting"
+        config = build_config(settings=[("model.path", "mini-sdxl"), (key, weighting)])
+        report = {"Memory": doctor.memory(config, CPU, torch.bfloat16)}
+        said[weighting] = {finding.what: finding.text for finding in report["Memory"]}
+        assert all(finding.level in ("ok", "note") for finding in report["Memory"])
+    assert said["uniform"].keys() == said["adaptive"].keys() > {"always there", "run", "photos"}
+    lasting = said["uniform"]["always there"]
+    for part in ("network 5.6 MiB", "adapters ", "gradients ", "moments ", "latents ", "prompts "):
+        assert part in lasting
+    assert "anchors" not in lasting
+    assert "to its backward pass" in said["uniform"]["in a step"]
+    assert "from the base pass to the tuned pass" not in said["uniform"]["in a step"]
+    assert "from the base pass to the tuned pass" in said["adaptive"]["in a step"]
+    assert {"at most, encode", "at most, train", "at most, samples"} < said["uniform"].keys()
+    assert said["uniform"]["run"].startswith("it fits: ")
+
+
+def test_a_run_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "free_host_memory", lambda: 2**20)
+    config = build_config(settings=[("model.path", "mini-sd")])
+    finding = find({"Memory": doctor.memory(config, CPU, torch.float32)}, "run")
+    assert finding.level == "problem"
+    assert finding.text.startswith("it does not fit: ")
+    assert finding.text.endswith("1.0 MiB free on this machine")
+
+
+def test_a_run_that_would_be_refused_is_a_problem() -> None:
+    settings = [("model.path", "mini-sd"), ("stage.0.trainables.lora.targets", ["*.to_z"])]
+    (finding,) = doctor.memory(build_config(settings=settings), CPU, torch.float32)
+    assert finding.level == "problem" and "'*.to_z' matches no attention" in finding.text
+
+
+def test_memory_is_not_predicted_without_the_model_s_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastppt.families import loading
+
+    monkeypatch.setattr(loading, "outline_family", lambda model, dtype: None)
+    config = build_config(settings=[("model.path", "a/b")])
+    (finding,) = doctor.memory(config, CPU, torch.float32)
+    assert finding.level == "note" and finding.what == "not predicted"
 
 
 def test_command_as_typed_says_the_same() -> None:
@@ -138,7 +187,8 @@ def test_gpu_that_is_not_there_is_a_problem_and_the_rest_is_still_said() -> None
 def test_chosen_backend_that_is_missing_says_what_to_install() -> None:
     result = run("--device", "cpu", "--attention", "xformers")
     assert result.exit_code == 1
-    assert "problem attention xformers  not usable: not installed" in result.output
+    said = " ".join(result.output.split())
+    assert "problem attention xformers not usable: not installed" in said
     assert 'pip install "fastppt[xformers]"' in result.output
 
 

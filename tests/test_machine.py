@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -109,6 +111,19 @@ def test_driver_without_a_gpu_for_torch_asks_for_another_torch(
     assert finding.level == "note"
     assert finding.text.startswith("driver 580.65.06 is here, but torch sees no GPU: ")
     assert finding.text.endswith("install a torch built for your GPU")
+
+
+def test_peak_host_memory_is_the_most_there_was() -> None:
+    code = (
+        "from fastppt.machine import peak_host_memory as peak\n"
+        "before = peak(); data = b'1' * 2**26; grown = peak(); del data\n"
+        "print(before, grown, peak())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, grown, after = map(int, run.stdout.split())
+    assert 2**20 < before < 2**28
+    assert grown - before == pytest.approx(2**26, rel=0.1)
+    assert after > grown - 2**20
 
 
 def test_gpu_that_does_not_work_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
 """Attention with places for adapters, and the switch that takes adapters out of a pass.
 
 Shape legend: B batch, Q image tokens, K keys (text tokens, or Q in self-attention), C channels,
-H heads, D head dim.
+H heads, D head dim; n linears of input width I and output width O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -40,10 +42,18 @@ class AdapterSwitch:
 class ProjectionAdapter(Protocol):
     """Adds to linear projections of one shared input."""
 
-    switch: AdapterSwitch
+    @property
+    def switch(self) -> AdapterSwitch:
+        """Says whether it does."""
 
-    def __call__(self, inputs: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
-        """Return the adapted projection of each linear."""
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the n adapted projections [..., O] of [..., I] inputs.
+
+        Args:
+            inputs: What all of them project.
+            weight: [n*O, I], the frozen weights of the n linears, one below the other.
+            bias: [n*O], or None.
+        """
 
 
 @dataclass
@@ -52,19 +62,70 @@ class Projections:
 
     Attributes:
         names: Full module paths of the linears.
-        linears: The frozen projections of the base network.
-        adapter: What is added to them while its switch is on.
+        linears: The projections of the base network.
+        adapter: What is added to them while its switch is on; put there by `adapt`.
     """
 
     names: tuple[str, ...]
     linears: tuple[nn.Linear, ...]
-    adapter: ProjectionAdapter | None = None
+    adapter: ProjectionAdapter | None = field(init=False, default=None)
+
+    def adapt(self, adapter: ProjectionAdapter) -> None:
+        """Give the projections an adapter, and make one matrix of their frozen weights.
+
+        The linears' own parameters become views of it, under their own names, so that the network
+        is saved, loaded into and read as before; one product instead of one a linear runs with the
+        adapter and in base passes. A network that is moved or cast must be adapted anew.
+        """
+        self.adapter = adapter
+        self._weight = _fuse([linear.weight for linear in self.linears])
+        biases = [linear.bias for linear in self.linears]
+        self._bias = None if biases[0] is None else _fuse(biases)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Project [..., C] inputs; one output a linear."""
-        if self.adapter is None or not self.adapter.switch.enabled:
+        """Project [..., I] inputs; one output [..., O] a linear."""
+        if self.adapter is None:
             return tuple(linear(inputs) for linear in self.linears)
-        return self.adapter(inputs, self.linears)
+        if self.adapter.switch.enabled:
+            return self.adapter(inputs, self._weight, self._bias)
+        return part(F.linear(inputs, self._weight, self._bias), len(self.linears))
+
+
+def part(outputs: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+    """Return what lies side by side in [..., n*O] as n views [..., O]."""
+    # One alone as it is: the backward of a chunk is a copy.
+    return (outputs,) if num_parts == 1 else outputs.chunk(num_parts, dim=-1)
+
+
+def _fuse(parameters: Sequence[Tensor]) -> Tensor:
+    """Return the parameters in one storage, which they become views of; one alone stays."""
+    if len(parameters) == 1:
+        return parameters[0].detach()
+    assert len({parameter.shape for parameter in parameters}) == 1
+    fused = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, view in zip(parameters, fused.chunk(len(parameters)), strict=True):
+        parameter.data = view
+    return fused
+
+
+class AttentionTap(Protocol):
+    """Looks into an attention of the image to the text, as the passes go by."""
+
+    def see(self, query: Tensor, key: Tensor) -> None:
+        """Take note of cross-attention: query [B, H, Q, D] and key [B, H, K, D] of the text."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, num_text_tokens: int) -> Tensor:
+        """Compute joint attention, [B, H, N, D] all, the last ``num_text_tokens`` the text's."""
+
+
+class TextAttention(Protocol):
+    """An attention of the image to the text that can be looked into.
+
+    Attributes:
+        tap: Who looks; None for nobody, which costs nothing.
+    """
+
+    tap: AttentionTap | None
 
 
 @dataclass
@@ -76,6 +137,7 @@ class AdaptableAttention:
 
     Attributes:
         groups: Its projections, those that share an input together, in the order of the module's.
+        tap: Who looks into cross-attention; it changes nothing.
     """
 
     from_image: Projections
@@ -83,6 +145,7 @@ class AdaptableAttention:
     out: Projections
     attend: Attend
     groups: tuple[Projections, ...] = field(init=False)
+    tap: AttentionTap | None = None
 
     def __post_init__(self) -> None:
         inner = () if self.from_text is None else (self.from_text,)
@@ -106,6 +169,8 @@ class AdaptableAttention:
         query, key, value = (
             tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for tensor in (query, key, value)
         )
+        if self.tap is not None:
+            self.tap.see(query, key)
         if attention_mask is not None:
             batch_size, num_keys = key.shape[0], key.shape[2]
             attention_mask = attn.prepare_attention_mask(attention_mask, num_keys, batch_size)
@@ -113,6 +178,18 @@ class AdaptableAttention:
         mixed = self.attend(query, key, value, attention_mask)
         (output,) = self.out(mixed.transpose(1, 2).flatten(2))
         return output
+
+
+def text_attentions(network: nn.Module) -> dict[str, TextAttention]:
+    """Return the processors that attend from image to text, by the path of their module."""
+    attentions = {
+        name: module.processor
+        for name, module in network.named_modules()
+        if isinstance(module, Attention)
+    }
+    return {
+        name: processor for name, processor in attentions.items() if processor.from_text is not None
+    }
 
 
 def make_adaptable(network: nn.Module, attend: Attend) -> list[AdaptableAttention]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,15 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
 
     Args:
         name: `sdpa`, `xformers` or `flash`.
-        device: Where queries, keys and values will lie.
+        device: Where queries, keys and values will lie. On the meta device all backends are one,
+            which has the memory of them all: no attention map is ever whole.
         dtype: Of queries, keys and values.
 
     Raises:
         UserError: it cannot be used here; says why, and what to install.
     """
+    if device.type == "meta":
+        return _outlined
     reason = why_not(name, device, dtype)
     if reason is not None:
         raise UserError(f"model.attention {name}: {reason}. Pass --attention sdpa to do without")
@@ -105,6 +109,27 @@ def _load(name: str) -> Attend:
             return _flash(import_module("flash_attn").flash_attn_func)
         case _:
             return _sdpa
+
+
+class _OutlinedAttention(torch.autograd.Function):
+    """Shapes alone: what attention returns, and what it keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        sums = torch.promote_types(query.dtype, torch.float32)
+        logsumexp = query.new_empty(query.shape[:3], dtype=sums)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _outlined(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    output: Tensor = _OutlinedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
-from fastppt.families.attention import Projections
+from fastppt.families.attention import Projections, TextAttention
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ class PromptEmbeddings:
         """Return the prompts of the given rows."""
         pooled = None if self.pooled is None else self.pooled[rows]
         return PromptEmbeddings(self.tokens[rows], pooled)
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """What one tokenizer makes of a prompt.
+
+    Attributes:
+        ids: The tokens that are read, start and end among them, padding left out.
+        size: The places for them in `PromptEmbeddings.tokens`, padding included.
+    """
+
+    ids: list[int]
+    size: int
 
 
 class Family(Protocol):
@@ -58,6 +71,8 @@ class Family(Protocol):
     unread_projections: tuple[str, ...]
     """Paths of the attention projections that have no place for an adapter, since nothing reads
     their output; other trainers' LoRA files hold adapters of them."""
+    second_half: tuple[str, ...]
+    """Patterns of the projections that `lora.targets = "up"` stands for."""
     kohya_model_version: str
     """What sd-scripts calls the base model."""
     modelspec_architecture: str
@@ -66,6 +81,12 @@ class Family(Protocol):
     """What a call of the diffusers pipeline is to be given so that it reads prompts as here."""
     prediction_type: str
     """`epsilon`, `v_prediction` or `flow`."""
+    aligned_blocks: tuple[str, ...]
+    """Paths of the blocks whose layers are held to the base's unless a run says which."""
+    feature_channel_dim: int
+    """Where the features of `feature_layers` have their channels: 1 or -1."""
+    indicator_temperature: float
+    """How sharply the overfitting indicator answers unless a run says so."""
 
     def make_adaptable(self) -> list[Projections]:
         """Give every attention a processor with places for adapters.
@@ -75,14 +96,39 @@ class Family(Protocol):
             order of the network's modules. A projection whose output nothing reads is left out.
         """
 
+    def checkpoint_blocks(self) -> None:
+        """From now on keep only the inputs of the network's blocks for a backward pass.
+
+        What a block computes is computed again there, so whatever a block calls is called twice.
+        Passes without gradients are as before.
+        """
+
+    def feature_layers(self) -> dict[str, nn.Module]:
+        """Return the modules whose outputs are the network's features, by path."""
+
+    def features_of(self, output: Any) -> Tensor:
+        """Return the image's features in the output of one of the `feature_layers`."""
+
+    def text_attentions(self) -> dict[str, TextAttention]:
+        """Return the attentions in which the image looks at the text, by path.
+
+        They are there once `make_adaptable` was called.
+        """
+
     def encode_photos(self, pixels_bchw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [B, C, h, w] of the scaled latents' posterior."""
+
+    def decode_latents(self, latents_bchw: Tensor) -> Tensor:
+        """Return pixels [B, 3, H, W] of latents [B, C, h, w]; the VAE must be on the device."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return the prompts' embeddings on the device, in the network's dtype."""
 
     def truncated_text(self, prompt: str) -> str | None:
         """Return the end of a prompt that no text encoder reads; None if all of it is read."""
+
+    def token_blocks(self, prompt: str) -> list[TokenBlock]:
+        """Return a prompt's tokens by tokenizer, in the order of `PromptEmbeddings.tokens`."""
 
     def encode_negative(self) -> PromptEmbeddings:
         """Return the one-row embedding that guidance pushes away from."""
@@ -98,8 +144,18 @@ class Family(Protocol):
             target_size: (height, width) of what is used, pixels.
         """
 
-    def release_encoders(self) -> None:
-        """Take the VAE and the text encoders off the device."""
+    def weight_bytes(self) -> dict[str, int]:
+        """Return the bytes of the weights: `network`, `text encoders`, `VAE`."""
+
+    def release_encoders(self, *, keep_vae: bool = False) -> None:
+        """Free the memory of what encodes, once all is encoded.
+
+        The text encoders are given up: no prompt can be encoded from here on. The VAE, which
+        pictures need again, moves to host memory.
+
+        Args:
+            keep_vae: Leave the VAE on the device, for photos that are encoded later.
+        """
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B] int64 in 0..num_timesteps-1, least noise first, as the family draws them."""

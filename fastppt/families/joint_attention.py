@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from fastppt.families.attention import Projections
+from fastppt.families.attention import AttentionTap, Projections
 from fastppt.families.backends import Attend
 
 
@@ -35,6 +35,8 @@ class JointAttention:
         out: Output of the image.
         out_text: Output of the text; None where it is dropped, and over the image alone.
         groups: Its projections, those that share an input together, in the order of the module's.
+        tap: Who looks at the image's attention to the text, and then does the attention's work too,
+            whichever backend there is: nobody else gives the softmax's sum away.
     """
 
     from_image: Projections
@@ -43,6 +45,7 @@ class JointAttention:
     out_text: Projections | None
     attend: Attend
     groups: tuple[Projections, ...] = field(init=False)
+    tap: AttentionTap | None = None
 
     def __post_init__(self) -> None:
         every = (self.from_image, self.from_text, self.out, self.out_text)
@@ -76,7 +79,11 @@ class JointAttention:
             query = torch.cat([query, _normalized(attn.norm_added_q, text_query)], dim=2)
             key = torch.cat([key, _normalized(attn.norm_added_k, text_key)], dim=2)
             value = torch.cat([value, text_value], dim=2)
-        mixed = self.attend(query, key, value, None).transpose(1, 2).flatten(2)
+        if self.tap is None:
+            mixed = self.attend(query, key, value, None)
+        else:
+            mixed = self.tap.attend(query, key, value, query.shape[2] - num_image_tokens)
+        mixed = mixed.transpose(1, 2).flatten(2)
         (image,) = self.out(mixed[:, :num_image_tokens])
         if self.from_text is None:
             return image

@@ -18,6 +18,7 @@ from fastppt.families.sources import (
     Source,
     cannot_load,
     load_pipeline,
+    outline_pipeline,
     read_index,
     source_of,
 )
@@ -110,6 +111,40 @@ def load_family(model: ModelConfig, dtype: torch.dtype | None = None) -> Family:
         # Events and kernel launches go to the current device, not to that of their tensors.
         torch.cuda.set_device(device)
     return make_family(name, load_pipeline(model, name, dtype), model, device, dtype)
+
+
+def outline_family(model: ModelConfig, dtype: torch.dtype) -> Family | None:
+    """Return a model's family on the meta device, without reading a weight.
+
+    It encodes, predicts and trains as the loaded one does, in shapes alone.
+
+    Args:
+        model: Which.
+        dtype: Of the network and the text encoders.
+
+    Returns:
+        None where the model's configuration is not on this machine: that of a hub id which is not
+        in the cache, or of a single file without ``model.config_folder``.
+
+    Raises:
+        UserError: the model cannot be found or read, or is of no known family.
+    """
+    from fastppt.families.weights import cached_folder
+
+    name = detect_family(model)
+    assert model.path is not None
+    folder: Path | None = None
+    match source_of(model.path):
+        case "single file":
+            folder = model.config_folder
+        case "diffusers folder":
+            folder = Path(model.path)
+        case "hub id":
+            folder = cached_folder(model.path, model.revision)
+    if folder is None and name != MINI_MODELS.get(model.path):
+        return None
+    pipeline = outline_pipeline(model, folder, name)
+    return make_family(name, pipeline, model, torch.device("meta"), dtype)
 
 
 def make_family(

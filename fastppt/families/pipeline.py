@@ -13,12 +13,18 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTokenizer
 
 from fastppt.config import ModelConfig
-from fastppt.families.attention import Projections, make_adaptable
+from fastppt.families.attention import (
+    Projections,
+    TextAttention,
+    make_adaptable,
+    text_attentions,
+)
 from fastppt.families.backends import resolve_attention
-from fastppt.families.base import PromptEmbeddings
+from fastppt.families.base import PromptEmbeddings, TokenBlock
 
 
 class PipelineFamily:
@@ -59,6 +65,8 @@ class PipelineFamily:
         for module in (*self._encoders, self.network):
             _place(module, device, dtype)
         _place(self._pipeline.vae, device, self._precise)
+        # Made here: a copy from the host would make it wait where photos are encoded beside steps.
+        self._latent_scale, self._latent_shift = self._latent_constants()
 
     def make_adaptable(self) -> list[Projections]:
         """Give every attention a processor with places for adapters, as `Family` says."""
@@ -68,13 +76,30 @@ class PipelineFamily:
             for group in processor.groups
         ]
 
+    def text_attentions(self) -> dict[str, TextAttention]:
+        """Return the attentions in which the image looks at the text, as `Family` says."""
+        return text_attentions(self.network)
+
+    def checkpoint_blocks(self) -> None:
+        """Compute the inside of the network's blocks again in a backward pass, as `Family` says."""
+        network: Any = self.network
+        network.enable_gradient_checkpointing(_call_checkpointed)
+
     @torch.no_grad()
     def encode_photos(self, pixels_bchw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std [B, C, h, w] of scaled latents; pixels [B, 3, H, W] in [-1, 1]."""
         vae = self._pipeline.vae
         posterior = vae.encode(pixels_bchw.to(vae.device, vae.dtype)).latent_dist
-        scale, shift = self._latent_scale()
+        scale, shift = self._latent_scale, self._latent_shift
         return (posterior.mean - shift) * scale, posterior.std * scale
+
+    @torch.no_grad()
+    def decode_latents(self, latents_bchw: Tensor) -> Tensor:
+        """Return pixels [B, 3, H, W], about [-1, 1], of latents as the network sees them."""
+        vae = self._pipeline.vae
+        latents = latents_bchw.to(vae.dtype) / self._latent_scale + self._latent_shift
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels
 
     def truncated_text(self, prompt: str) -> str | None:
         """Return the end of a prompt that no text encoder reads, as `Family` says.
@@ -107,10 +132,37 @@ class PipelineFamily:
             for tokenizer in used
         ]
 
-    def release_encoders(self) -> None:
-        """Move the text encoders and the VAE to host memory."""
-        for module in (*self._encoders, self._pipeline.vae):
-            module.to("cpu")
+    def token_blocks(self, prompt: str) -> list[TokenBlock]:
+        """Return a prompt's tokens by tokenizer, as `Family` says.
+
+        All CLIPs have the same tokens, and their embeddings lie side by side in one block.
+        """
+        tokenizers = self._tokenizers()
+        clip, others = tokenizers[:1], tokenizers[1:]
+        blocks = [*clip, *(each for each in others if not isinstance(each[0], CLIPTokenizer))]
+        return [
+            TokenBlock(
+                tokenizer(prompt, truncation=True, max_length=size, verbose=False).input_ids, size
+            )
+            for tokenizer, size in blocks
+        ]
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Return the bytes of the weights of each part, as `Family` says."""
+        parts: dict[str, list[nn.Module]] = {
+            "network": [self.network],
+            "text encoders": self._encoders,
+            "VAE": [self._pipeline.vae],
+        }
+        return {name: _num_bytes(modules) for name, modules in parts.items()}
+
+    def release_encoders(self, *, keep_vae: bool = False) -> None:
+        """Give up the text encoders, and move the VAE to host memory, as `Family` says."""
+        names = [name for name in self._pipeline.components if name.startswith("text_encoder")]
+        self._pipeline.register_modules(**dict.fromkeys(names))
+        self._encoders.clear()
+        if not keep_vae:
+            self._pipeline.vae.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -134,7 +186,6 @@ class PipelineFamily:
         vae = self._pipeline.vae
         home = vae.device
         vae.to(self.device)
-        scale, shift = self._latent_scale()
         painter = self._painter()
         painter.set_progress_bar_config(disable=True)
         try:
@@ -156,9 +207,7 @@ class PipelineFamily:
                     output_type="latent",
                 ).images
                 # Not by the pipeline: it does not widen bf16 latents for a float32 VAE.
-                latents = latents.to(vae.dtype) / scale + shift
-                pixels = vae.decode(latents, return_dict=False)[0]
-                yield painter.image_processor.postprocess(pixels)[0]
+                yield painter.image_processor.postprocess(self.decode_latents(latents))[0]
         finally:
             vae.to(home)
 
@@ -166,7 +215,7 @@ class PipelineFamily:
         """Return the stock pipeline without its text encoders, around the network as it is."""
         raise NotImplementedError
 
-    def _latent_scale(self) -> tuple[Tensor, Tensor]:
+    def _latent_constants(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift [C or 1, 1, 1]: the network sees (x - shift) * scale."""
         config = self._pipeline.vae.config
         like = torch.empty((), device=self.device, dtype=self._precise)
@@ -175,6 +224,22 @@ class PipelineFamily:
             shift = torch.tensor(config.latents_mean).to(like).view(-1, 1, 1)
             return scale / torch.tensor(config.latents_std).to(like).view(-1, 1, 1), shift
         return scale, torch.full_like(scale, config.get("shift_factor") or 0.0)
+
+
+def _call_checkpointed(block: nn.Module, *inputs: Any) -> Any:
+    """Call a block so that its inputs alone are kept for the backward pass.
+
+    Nothing in a frozen network draws, so the state of the generators is not kept: it could not be
+    read while a CUDA graph is captured.
+    """
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _num_bytes(modules: Sequence[nn.Module]) -> int:
+    """Return the bytes of parameters and buffers, each storage once."""
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

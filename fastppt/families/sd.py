@@ -28,11 +28,18 @@ class StableDiffusion(UNetFamily):
     name = "sd"
     lora_component = "unet"
     unread_projections: tuple[str, ...] = ()
+    # T of Adaptive Personalized Training (arXiv 2507.02687) for 2.1; for 1.x it is our choice.
+    indicator_temperature = 100.0
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__(pipeline, model, device, dtype)
+        # As many as elsewhere: the finer two, since the coarsest has no attention (our choice).
+        num_blocks = len(pipeline.unet.config.up_block_types)
+        self.aligned_blocks: tuple[str, ...] = tuple(
+            f"up_blocks.{index}" for index in range(num_blocks - 2, num_blocks)
+        )
         is_second = bool(pipeline.unet.config.use_linear_projection)
         predicts_velocity = self.prediction_type == "v_prediction"
         # The names that sd-scripts gives (get_model_version_str_for_sd1_sd2, sai_model_spec).

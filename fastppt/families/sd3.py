@@ -44,6 +44,9 @@ class StableDiffusion3(PipelineFamily):
     repeated_blocks: tuple[str, ...] = ("JointTransformerBlock",)
     lora_component = "transformer"
     prediction_type = "flow"
+    feature_channel_dim = -1
+    # What Adaptive Personalized Training (arXiv 2507.02687) has for a UNet; our choice here.
+    indicator_temperature = 1000.0
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -60,6 +63,13 @@ class StableDiffusion3(PipelineFamily):
         # The text's query in the last block: its attention's text output goes nowhere.
         self.unread_projections: tuple[str, ...] = (
             f"transformer_blocks.{config.num_layers - 1}.attn.add_q_proj",
+        )
+        late_blocks = range(config.num_layers // 2, config.num_layers)
+        self.aligned_blocks: tuple[str, ...] = tuple(
+            f"transformer_blocks.{index}" for index in late_blocks
+        )
+        self.second_half: tuple[str, ...] = tuple(
+            f"transformer_blocks.{index}.*" for index in late_blocks
         )
         self.native_resolution: int = config.sample_size * pipeline.vae_scale_factor
         self.resolution_step: int = pipeline.vae_scale_factor * config.patch_size
@@ -84,6 +94,16 @@ class StableDiffusion3(PipelineFamily):
             for processor in make_joint_adaptable(self.network, self._attend)
             for group in processor.groups
         ]
+
+    def feature_layers(self) -> dict[str, nn.Module]:
+        """Return the joint blocks, by path."""
+        blocks = self.network.get_submodule("transformer_blocks")
+        return {f"transformer_blocks.{name}": block for name, block in blocks.named_children()}
+
+    def features_of(self, output: Any) -> Tensor:
+        """Return the image tokens [B, Q, C] of a block's output, which are second in it."""
+        features: Tensor = output[1]
+        return features
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:

@@ -23,6 +23,9 @@ class StableDiffusionXL(UNetFamily):
     unread_projections: tuple[str, ...] = ()
     kohya_model_version = "sdxl_base_v1-0"
     modelspec_architecture = "stable-diffusion-xl-v1-base"
+    # Adaptive Personalized Training, arXiv 2507.02687: the coarser two up blocks, and T.
+    aligned_blocks: tuple[str, ...] = ("up_blocks.0", "up_blocks.1")
+    indicator_temperature = 1000.0
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,43 @@ def load_pipeline(model: ModelConfig, family: str, dtype: torch.dtype) -> Any:
         case "hub id":
             pipeline = _load_folder(model, _download(model, family), family, dtype)
     return pipeline
+
+
+def outline_pipeline(model: ModelConfig, folder: Path | None, family: str) -> Any:
+    """Return the pipeline with modules on the meta device: their shapes, and none of their weights.
+
+    A VAE from elsewhere is outlined as the model's own.
+
+    Args:
+        model: Has passed `detect_family`.
+        folder: Diffusers folder with the model's configuration; None for a mini model.
+        family: Of the model.
+
+    Raises:
+        UserError: a configuration cannot be read.
+    """
+    if folder is None:
+        pipeline = _build_mini(model.model_copy(update={"vae": None}), family, torch.float32)
+        real = _modules(pipeline)
+        pipeline.register_modules(
+            **{name: _outline(type(module), module.config) for name, module in real.items()}
+        )
+        return pipeline
+    left_out = _left_out(model, family) | _null_components(folder, family)
+    used = [name for name in COMPONENTS[family] if name not in left_out]
+    check_configs(folder, used)
+    index = read_index(folder)
+    try:
+        modules = {
+            name: _outline_component(folder / name, *index[name])
+            for name in used
+            if not name.startswith(("tokenizer", "scheduler"))
+        }
+        return _pipeline_class(family).from_pretrained(
+            str(folder), **modules, **left_out, **PIPELINE_OPTIONS.get(family, {})
+        )
+    except LOADING_ERRORS as error:
+        raise cannot_load(model, error) from error
 
 
 def check_files(model: ModelConfig, folder: Path, family: str) -> dict[str, int]:
@@ -228,6 +266,25 @@ def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> An
     check_marks(Path(model.path), pipeline.scheduler.config)
     check_weights(f"model {model.path}", _modules(pipeline), {})
     return pipeline
+
+
+def _outline_component(folder: Path, library: str, class_name: str) -> nn.Module:
+    """Return a component of a folder on the meta device."""
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"{folder.name} is a {class_name} of {library}")
+    kind = getattr(import_module(library), class_name)
+    if library == "diffusers":
+        return _outline(kind, kind.load_config(folder))
+    return _outline(kind, kind.config_class.from_pretrained(folder))
+
+
+def _outline(kind: Any, config: Any) -> nn.Module:
+    """Return a module of a class of diffusers or transformers on the meta device."""
+    # Not moved there: tables that two parts of a text encoder share would become two.
+    with torch.device("meta"):
+        module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    assert isinstance(module, nn.Module)
+    return module.eval()
 
 
 def _pipeline_class(family: str) -> Any:

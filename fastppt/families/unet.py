@@ -34,6 +34,8 @@ class UNetFamily(PipelineFamily):
 
     repeated_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
     largest_side: int | None = None
+    second_half: tuple[str, ...] = ("up_blocks.*",)
+    feature_channel_dim = 1
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -63,6 +65,23 @@ class UNetFamily(PipelineFamily):
         alphas = scheduler.alphas_cumprod.to(device, self._precise)
         self._signal_t = alphas.sqrt()
         self._noise_t = (1 - alphas).sqrt()
+
+    def feature_layers(self) -> dict[str, nn.Module]:
+        """Return what ends each layer of a block, a resnet or the attention after it, by path."""
+        layers: dict[str, nn.Module] = {}
+        for name, block in self.network.named_modules():
+            if hasattr(block, "resnets"):
+                resnets, attentions = block.resnets, getattr(block, "attentions", ())
+                layers |= {f"{name}.resnets.{i}": resnet for i, resnet in enumerate(resnets)}
+                for i, attention in enumerate(attentions):
+                    del layers[f"{name}.resnets.{i}"]
+                    layers[f"{name}.attentions.{i}"] = attention
+        return layers
+
+    def features_of(self, output: Any) -> Tensor:
+        """Return [B, C, h, w]: a resnet's output, or what stands first in an attention's."""
+        features: Tensor = output[0] if isinstance(output, tuple) else output
+        return features
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B] int64, uniform over 0..T-1."""

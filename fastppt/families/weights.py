@@ -71,7 +71,7 @@ def count_weights(model: ModelConfig, family: str) -> WeightCount | None:
         case "diffusers folder":
             count = _count_components(check_files(model, Path(model.path), family))
         case "hub id":
-            folder = _cached(model.path, model.revision)
+            folder = cached_folder(model.path, model.revision)
             if folder is None:
                 return None
             try:
@@ -134,14 +134,14 @@ def _count_vae(name: str) -> int | None:
     path = Path(name)
     if path.is_file():
         return sum(prod(shape) for shape in read_shapes(path).values())
-    folder = path if path.is_dir() else _cached(name, None)
+    folder = path if path.is_dir() else cached_folder(name, None)
     if folder is None:
         return None
     component = folder / "vae" if (folder / "vae").is_dir() else folder
     return check_folder(component.parent, [component.name], None)[component.name]
 
 
-def _cached(hub_id: str, revision: str | None) -> Path | None:
+def cached_folder(hub_id: str, revision: str | None) -> Path | None:
     """Return the folder of a hub id in the hub's cache; None if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -26,6 +26,8 @@ def anchored_group(
         anchor: Weight, form and place of the anchor; None for no anchor.
     """
     group: dict[str, Any] = {"params": [adapters.arena.flat], "lr": learning_rate}
+    if adapters.arena.working_copy is not None:
+        group["working_copy"] = adapters.arena.working_copy
     if anchor is None:
         return group | {"anchor_weight": 0.0}
     group |= {"anchor_weight": anchor.weight, "form": anchor.form, "anchor": anchor.to}

@@ -26,7 +26,7 @@ class MetricsFile:
         """Add rows; the file is brought up to date when enough have gathered.
 
         What is not finite, such as the gradient norm of a float16 step that was skipped, becomes
-        null: JSON has no word for it.
+        null: JSON has no word for it. So does what a step did not compute.
         """
         for row in rows:
             finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -54,10 +54,10 @@ class Curves:
         self._writer = SummaryWriter(str(folder))
 
     def append(self, rows: list[dict[str, float]]) -> None:
-        """Add rows; each metric is a curve over steps."""
+        """Add rows; each metric is a curve over the steps that computed it."""
         for row in rows:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and not math.isnan(value):
                     self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

@@ -1,7 +1,4 @@
-"""Low-rank adapters on attention projections (Hu et al., arXiv 2106.09685).
-
-Shape legend: M rows of an input, I input width, O output width, r rank.
-"""
+"""Low-rank adapters on attention projections (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -9,20 +6,23 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import compress
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastppt.config import LoraConfig
 from fastppt.errors import UserError
 from fastppt.families.attention import AdapterSwitch, Projections
 from fastppt.trainables.arena import ParameterArena
+from fastppt.trainables.joint_lora import JointLora
 
 
 @dataclass(frozen=True)
 class LoraPair:
     """The adapter of one projection: what is added to its weight is ``scale * up @ down``.
+
+    Shape legend: I input width, O output width, r rank.
 
     Attributes:
         name: Module path of the projection, such as ``mid_block....attn1.to_q``.
@@ -37,40 +37,6 @@ class LoraPair:
     scale: float
 
 
-@dataclass
-class JointLora:
-    """Adapters of projections that share an input: one product for all their down-projections.
-
-    Attributes:
-        down: [n*r, I], the down-projections of the n adapted linears, stacked.
-        ups: One entry a linear: [O, r], or None for a linear without an adapter.
-        scale: alpha / rank.
-        switch: Turns the adapters off for a base pass.
-    """
-
-    down: nn.Parameter
-    ups: tuple[nn.Parameter | None, ...]
-    scale: float
-    switch: AdapterSwitch
-
-    def __call__(self, inputs: Tensor, linears: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
-        """Return ``linear(x) + scale * x down^T up^T`` for each linear; inputs [..., I]."""
-        rows_mi = inputs.flatten(0, -2)
-        dtype, rank = inputs.dtype, self.down.shape[0] // self._num_adapted
-        low_ranks = iter(F.linear(rows_mi, self.down.to(dtype)).split(rank, dim=1))
-        outputs = []
-        for linear, up in zip(linears, self.ups, strict=True):
-            output = linear(rows_mi)
-            if up is not None:
-                output = output.addmm_(next(low_ranks), up.to(dtype).t(), alpha=self.scale)
-            outputs.append(output.unflatten(0, inputs.shape[:-1]))
-        return tuple(outputs)
-
-    @property
-    def _num_adapted(self) -> int:
-        return sum(up is not None for up in self.ups)
-
-
 class LoraAdapters:
     """All adapters of a network, in one arena.
 
@@ -79,7 +45,8 @@ class LoraAdapters:
 
     Args:
         groups: The projections of the frozen network, as `Family.make_adaptable` returns them.
-        config: Rank, alpha and targets.
+        config: Rank, alpha and targets, these as patterns: what ``"up"`` stands for, the family
+            says.
         seed: Of the initial down-projections; drawn on the CPU, so the same on every device.
         device: Where values and gradients live.
         dtype: Of values and gradients; float32 unless arithmetic is being checked.
@@ -102,24 +69,47 @@ class LoraAdapters:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        assert not isinstance(config.targets, str)
         self.rank = config.rank
         self.alpha = config.alpha if config.alpha is not None else float(config.rank)
         self.switch = AdapterSwitch()
         adapted = _match(config.targets, [name for group in groups for name in group.names])
         layouts = [layout for group in groups if (layout := _Layout.of(group, adapted))]
         shapes = [shape for layout in layouts for shape in layout.shapes(self.rank)]
-        self.arena = ParameterArena(shapes, device, dtype)
-        tensors = iter(self.arena.tensors)
+        working_dtype = groups[0].linears[0].weight.dtype
+        self.arena = ParameterArena(shapes, device, dtype, working_dtype)
+        tensors = iter(zip(self.arena.tensors, self.arena.working, strict=True))
         self.pairs: list[LoraPair] = []
         for layout in layouts:
-            joint = layout.build(tensors, self.alpha / self.rank, self.switch)
-            layout.group.adapter = joint
+            down, working_down = next(tensors)
+            up, working_up = next(tensors)
+            joint = JointLora(
+                down=down,
+                up=up,
+                working_down=working_down,
+                working_up=working_up,
+                whole=self.arena.flat,
+                adapted=layout.adapted,
+                scale=self.alpha / self.rank,
+                switch=self.switch,
+            )
+            layout.group.adapt(joint)
             self.pairs.extend(layout.pairs(joint))
         generator = torch.Generator("cpu").manual_seed(seed)
         for pair in self.pairs:
             # kaiming_uniform with a = sqrt(5), as nn.Linear initialises itself.
             uniform = torch.rand(pair.down.shape, generator=generator, dtype=torch.float32)
             pair.down.copy_((2 * uniform - 1) * pair.down.shape[1] ** -0.5)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Let the network see the values as they are now.
+
+        Whoever writes values calls this after, but for the optimizer, whose update writes both: a
+        network in another dtype than theirs computes with a copy. One launch for all adapters;
+        none where there is no copy.
+        """
+        self.arena.refresh()
 
     @property
     def num_parameters(self) -> int:
@@ -164,9 +154,10 @@ class LoraAdapters:
             pair = here[name]
             pair.down.copy_(down)
             pair.up.copy_(up * (scale / pair.scale) if scale != pair.scale else up)
+        self.refresh()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Layout:
     """Which linears of a group are adapted, and so what it needs of the arena."""
 
@@ -179,26 +170,16 @@ class _Layout:
         return cls(group, flags) if any(flags) else None
 
     def shapes(self, rank: int) -> list[tuple[int, ...]]:
-        ups = [
-            (linear.out_features, rank)
-            for linear, adapted in zip(self.group.linears, self.adapted, strict=True)
-            if adapted
-        ]
-        return [(len(ups) * rank, self.group.linears[0].in_features), *ups]
-
-    def build(
-        self, tensors: Iterator[nn.Parameter], scale: float, switch: AdapterSwitch
-    ) -> JointLora:
-        down = next(tensors)
-        ups = tuple(next(tensors) if adapted else None for adapted in self.adapted)
-        return JointLora(down, ups, scale, switch)
+        linear, num_adapted = self.group.linears[0], sum(self.adapted)
+        down = (num_adapted * rank, linear.in_features)
+        return [down, (num_adapted, linear.out_features, rank)]
 
     def pairs(self, joint: JointLora) -> Iterator[LoraPair]:
-        rank = joint.down.shape[0] // sum(self.adapted)
-        downs = iter(joint.down.detach().split(rank))
-        for name, up in zip(self.group.names, joint.ups, strict=True):
-            if up is not None:
-                yield LoraPair(name, next(downs), up.detach(), joint.scale)
+        ups = joint.up.detach().unbind()
+        downs = joint.down.detach().split(ups[0].shape[1])
+        names = compress(self.group.names, self.adapted)
+        for name, down, up in zip(names, downs, ups, strict=True):
+            yield LoraPair(name, down, up, joint.scale)
 
 
 def _match(targets: list[str] | None, names: list[str]) -> set[str]:

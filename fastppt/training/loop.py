@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -17,6 +16,7 @@ from fastppt.config_io import check_complete, check_recipe_fits
 from fastppt.data.buckets import Bucket, bucket_of_draw
 from fastppt.data.photos import find_photos
 from fastppt.data.prompts import subject_prompt
+from fastppt.data.refresh import ViewRefresh
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import (
@@ -26,7 +26,6 @@ from fastppt.families.loading import (
     resolve_path,
     resolve_resolution,
 )
-from fastppt.objectives.anchor import anchored_group
 from fastppt.outputs.files import write_file
 from fastppt.outputs.folder import RunFolder, check_output, open_folder
 from fastppt.outputs.lora_files import read_lora_file, write_lora_files
@@ -35,17 +34,22 @@ from fastppt.outputs.model_card import model_card
 from fastppt.outputs.samples import draw_samples, write_grid
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.training.checkpoint import save_checkpoint
+from fastppt.training.compiling import check_gradients
 from fastppt.training.encoding import SampleSheet, encode
-from fastppt.training.engine import prepare_engine, resolve_engine
-from fastppt.training.loss_scale import LossScale
+from fastppt.training.engine import compiles, fallback_note, prepare_engine, resolve_engine
 from fastppt.training.progress import ProgressLine
 from fastppt.training.ring import MetricRing
+from fastppt.training.runners import make_runner
 from fastppt.training.schedule import learning_rate_factor
-from fastppt.training.step import METRICS, Step, run_step
-from fastppt_kernels import AnchoredAdamW
-
-# What the run's seed is split into, so that no two kinds of chance share a stream.
-ADAPTER_STREAM, STEP_STREAM, BUCKET_STREAM = 0, 1, 2
+from fastppt.training.seeds import (
+    ADAPTER_STREAM,
+    BUCKET_STREAM,
+    STEP_STREAM,
+    VIEW_STREAM,
+    split_seed,
+)
+from fastppt.training.stage import build_steps, layers_to_align
+from fastppt.training.step import metric_names
 
 
 @dataclass
@@ -56,7 +60,8 @@ class RunResult:
         folder: The output folder.
         files: The files to use: LoRA in both forms, then the model card and the last grid.
         seconds: Wall-clock time by phase.
-        peak_memory: Bytes at most allocated on a GPU while steps ran; None on the CPU.
+        peak_memory: Bytes at most allocated on a GPU at a time, by phase: `encode` (with what was
+            loaded for it), `train`, `samples`. Empty on the CPU, which does not count.
         config: The resolved configuration.
     """
 
@@ -64,12 +69,19 @@ class RunResult:
     config: RunConfig
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: int | None = None
+    peak_memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def trigger_prompt(self) -> str:
         """A prompt that shows the subject."""
         return subject_prompt(self.config.prompts)
+
+    def note_peak(self, phase: str, device: torch.device) -> None:
+        """Note the most memory that a GPU has had allocated since this was called last."""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            self.peak_memory[phase] = max(self.peak_memory.get(phase, 0), peak)
+            torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -103,12 +115,20 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
     result = RunResult(folder, config)
     with result.phase("load"):
         family = load_family(config.model)
+        note = fallback_note(config.engine, family.device)
         result.config = config = resolve(config, family)
         adapters = build_adapters(config, family)
-        prepare_engine(config.engine, family)
+        for index, stage in enumerate(config.stage):
+            layers_to_align(family, stage.objectives, f"stage.{index}.objectives")
+        if config.gradient_checkpointing:
+            family.checkpoint_blocks()
+        prepare_engine(config.engine, config.compile_scope, family)
+    if note is not None:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(_headline(config, family, adapters, len(photos)))
     with result.phase("encode"):
         buckets, sheet = encode(config, family, photos, console)
+    result.note_peak("encode", family.device)
     open_folder(folder, config)
     _Run(config, family, adapters, buckets, sheet, result, console).go()
     photo_counts = {bucket.size: bucket.num_photos for bucket in buckets}
@@ -139,7 +159,7 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
             "model": config.model.model_copy(update=model),
             "photos": config.photos.model_copy(update=photos),
             "output": config.output.absolute(),
-            "engine": resolve_engine(config.engine),
+            "engine": resolve_engine(config.engine, family.device),
             "stage": [_resolve_stage(stage) for stage in config.stage],
         }
     )
@@ -164,6 +184,8 @@ def build_adapters(
     lora = config.stage[0].trainables.lora
     assert lora is not None
     weights = read_lora_file(lora.init, family) if lora.init is not None else None
+    if lora.targets == "up":
+        lora = lora.model_copy(update={"targets": list(family.second_half)})
     seed = split_seed(config.seed, ADAPTER_STREAM)
     adapters = LoraAdapters(
         family.make_adaptable(), lora, seed=seed, device=family.device, dtype=dtype
@@ -176,55 +198,11 @@ def build_adapters(
     return adapters
 
 
-def build_steps(
-    config: RunConfig,
-    stage: StageConfig,
-    family: Family,
-    adapters: LoraAdapters,
-    buckets: Sequence[Bucket],
-    ring: MetricRing,
-    generator: torch.Generator,
-) -> list[Step]:
-    """Make everything that the steps of a stage read and write; one step a bucket."""
-    like = adapters.arena.flat
-    learning_rate = torch.zeros((), device=like.device, dtype=like.dtype)
-    settings = stage.optimizer
-    optimizer = AnchoredAdamW(
-        [anchored_group(adapters, learning_rate, stage.objectives.anchor)],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm or None,
-    )
-    loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
-    losses = like.new_zeros(1)
-    return [
-        Step(
-            family,
-            stage,
-            bucket.latents,
-            bucket.prompts,
-            optimizer,
-            learning_rate,
-            generator,
-            ring,
-            loss_scale,
-            losses,
-        )
-        for bucket in buckets
-    ]
-
-
 def new_generator(config: RunConfig, family: Family) -> torch.Generator:
     """Return the run's own generator on the device, at its start."""
     generator = torch.Generator(family.device)
     generator.manual_seed(split_seed(config.seed, STEP_STREAM))
     return generator
-
-
-def split_seed(seed: int, stream: int) -> int:
-    """Return the seed of one stream of chance: streams of one run are independent."""
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -244,10 +222,22 @@ class _Run:
         self.total = sum(stage.steps for stage in config.stage)
         self.metrics = MetricsFile(folder.metrics)
         self.curves = Curves(folder.tensorboard) if config.tensorboard else None
-        self.ring = MetricRing(METRICS, min(config.log_every, self.total), self.family.device)
+        names = metric_names(config.stage)
+        self.ring = MetricRing(names, min(config.log_every, self.total), self.family.device)
         self.generator = new_generator(config, self.family)
         self.line = ProgressLine(self.console, self.total)
+        self.refresh = self.make_refresh()
         self.done, self.read = 0, 0
+
+    def make_refresh(self) -> ViewRefresh | None:
+        """Return what draws augmented views anew during training; None where nothing does."""
+        config = self.config
+        if config.photos.refresh_every == 0:
+            return None
+        num_steps = sum(stage.steps for stage in config.stage if stage.objectives.augment)
+        seed = split_seed(config.seed, VIEW_STREAM)
+        with self.result.phase("encode"):
+            return ViewRefresh(self.family, config.photos, seed, self.buckets, num_steps)
 
     def go(self) -> None:
         """Train all stages, with pictures before, between and after."""
@@ -266,11 +256,21 @@ class _Run:
         steps = build_steps(
             config, stage, self.family, self.adapters, self.buckets, self.ring, self.generator
         )
+        runner = make_runner(config.engine, steps)
+        if compiles(config.engine) and config.compile_scope == "network":
+            with self.result.phase("check"):
+                check_gradients(steps, self.adapters)
         for number in range(stage.steps):
+            bucket = self.pick_bucket()
+            if not runner.is_ready(bucket, number):
+                with self.result.phase("capture"):
+                    runner.prepare(bucket, number)
             with self.result.phase("train" if self.done else "first step"):
-                step = steps[self.pick_bucket()]
-                step.learning_rate.fill_(base_rate * learning_rate_factor(stage, number))
-                run_step(step)
+                if self.refresh is not None and stage.objectives.augment:
+                    self.refresh.before_step()
+                rate = base_rate * learning_rate_factor(stage, number)
+                steps[bucket].learning_rate.fill_(rate)
+                runner.run(bucket, number)
                 self.done += 1
                 self.look(index, last=number == stage.steps - 1)
                 if self.done == 1 or self._due(config.sample_every, config.checkpoint_every):
@@ -294,8 +294,7 @@ class _Run:
         device = self.family.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            peak = torch.cuda.max_memory_allocated(device)
-            self.result.peak_memory = max(self.result.peak_memory or 0, peak)
+        self.result.note_peak("train", device)
 
     def look(self, stage_index: int, last: bool) -> None:
         """Read the ring when it is full or the stage ends; the copy is awaited one look later."""
@@ -324,9 +323,7 @@ class _Run:
         """Draw the sample grid as the network is now."""
         if self.config.samples.enabled:
             self._draw_grid()
-        if self.family.device.type == "cuda":
-            # What encoding and pictures take is not what training takes.
-            torch.cuda.reset_peak_memory_stats(self.family.device)
+            self.result.note_peak("samples", self.family.device)
 
     def _draw_grid(self) -> None:
         assert self.config.photos.resolution is not None

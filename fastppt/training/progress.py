@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -73,3 +75,31 @@ class ProgressLine:
             self._console.print(
                 f"step {step}/{self._total}  loss {loss:.4f}  anchor {anchor:.2e}  {speed}"
             )
+
+
+@contextmanager
+def encoding_line(
+    console: Console, num_photos: int, num_views: int
+) -> Iterator[Callable[[], None]]:
+    """Show how far the encoding of photos has come, while inside.
+
+    Args:
+        console: Where to; a console that is no terminal gets one plain line at the start, if there
+            are augmented views: without them it is soon over.
+        num_photos: Photos.
+        num_views: Augmented views of each.
+
+    Returns:
+        A context, in it a function to call after each picture.
+    """
+    total = num_photos * (1 + num_views)
+    if num_views and not console.is_terminal:
+        console.print(
+            f"encoding {total} pictures: {num_photos} photos with {num_views} augmented views each"
+        )
+    columns = TextColumn("encoding"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
+    # A line that is gone when all is encoded.
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("encode", total=total)
+    with progress:
+        yield lambda: progress.advance(task)

@@ -1,28 +1,34 @@
-"""One training step: draw, predict, compare, pull back, update, note.
+"""One training step: draw, ask the base, predict, compare, pull back, update, note.
 
 Everything that the step reads and writes sits at a fixed device address before the first step, and
 nothing is read back on the host: the same step can be captured in a CUDA graph as it stands.
 
-Shape legend: B batch, C latent channels, h and w latent height and width.
+Shape legend: B batch, C latent channels, h and w latent height and width, S size conditions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastppt.config import StageConfig
+from fastppt.config import ObjectivesConfig, StageConfig
 from fastppt.data.latents import PLAIN_VIEW, LatentBank
 from fastppt.data.prompts import PromptBank
-from fastppt.families.base import Family
-from fastppt.objectives.denoising import denoising_losses
+from fastppt.families.attention import AdapterSwitch
+from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.objectives.attention_alignment import AttentionAlignment
+from fastppt.objectives.denoising import Indicator, denoising_losses
+from fastppt.objectives.feature_alignment import FeatureAlignment
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.ring import MetricRing
 from fastppt_kernels import AnchoredAdamW
 
 METRICS = ("loss", "denoising", "anchor", "grad_norm", "learning_rate")
+"""What every step notes; `metric_names` adds what a run's objectives have."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +53,47 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What base and tuned network are both asked.
+
+    Attributes:
+        photos: [B] int64.
+        timesteps: [B] int64.
+        noisy: [B, C, h, w], z_t.
+        target: [B, C, h, w], what is to be predicted from it.
+        sizes: [B, S], what the network is told of the photos' sizes.
+    """
+
+    photos: Tensor
+    timesteps: Tensor
+    noisy: Tensor
+    target: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """Everything that a step of one stage reads and writes.
 
     The steps of a stage's buckets share all but latents and prompts.
 
     Attributes:
+        switch: Turns the adapters off for a base pass.
+        indicator: Of adaptive weighting; None without it. Likewise the alignments.
         learning_rate: 0-dim tensor on the device, also the optimizer's; the loop writes it.
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
-        losses: [1], the passes' losses so far, averaged over the passes of the step.
+        losses: One number for each of `loss_names`, averaged over the passes of the step so far.
     """
 
     family: Family
     stage: StageConfig
     latents: LatentBank
     prompts: PromptBank
+    switch: AdapterSwitch
+    indicator: Indicator | None
+    feature_alignment: FeatureAlignment | None
+    attention_alignment: AttentionAlignment | None
     optimizer: AnchoredAdamW
     learning_rate: Tensor
     generator: torch.Generator
@@ -71,37 +102,90 @@ class Step:
     losses: Tensor
 
 
-def run_step(step: Step) -> None:
+def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
+    """Return what a pass computes: the weighted sum of its terms, then each term unweighted.
+
+    The anchor is not among them: the optimizer computes it.
+    """
+    names = ["loss", "denoising"]
+    if objectives.adaptive:
+        names.append("gamma")
+    if objectives.feature_alignment is not None:
+        names += ["feature_mean", "feature_std"]
+    if objectives.attention_alignment is not None:
+        names.append("attention_alignment")
+    return tuple(names)
+
+
+def metric_names(stages: Sequence[StageConfig]) -> tuple[str, ...]:
+    """Return the columns of the metric ring of a run with these stages."""
+    names = [name for stage in stages for name in loss_names(stage.objectives)]
+    return tuple(dict.fromkeys([*METRICS, *names]))
+
+
+def needs_base_pass(stage: StageConfig, number: int) -> bool:
+    """Say whether a step of a stage asks the base; steps count from 0."""
+    return stage.objectives.need_base and number % stage.base_every == 0
+
+
+def run_step(step: Step, number: int = 0) -> None:
     """Take one optimizer step and note its metrics.
 
-    loss = denoising.weight * mean_B L_b + anchor.weight * ||theta - theta_0||^2
+    loss = denoising.weight * mean_B (1 - gamma_b) L_b
+           + feature_alignment.weight * (L_mean + L_std)
+           + attention_alignment.weight * L_attention
+           + anchor.weight * ||theta - theta_0||^2
 
     The gradients of the passes of one step are averaged; the anchor's is added once, by the
     optimizer, before clipping.
+
+    Args:
+        step: What it reads and writes.
+        number: Which step of the stage it is, from 0; decides whether the base is asked.
     """
     for _ in range(step.stage.gradient_accumulation):
-        accumulate_gradients(step)
+        accumulate_gradients(step, with_base=needs_base_pass(step.stage, number))
     update_parameters(step)
 
 
-def accumulate_gradients(step: Step) -> None:
-    """Add the gradients of one pass, and its losses to `Step.losses`."""
-    stage = step.stage
-    assert stage.objectives.denoising is not None
-    loss = denoising_pass(step, draw(step)) / stage.gradient_accumulation
-    _scaled(step, stage.objectives.denoising.weight * loss).backward()
-    step.losses.add_(loss.detach())
+def accumulate_gradients(step: Step, *, with_base: bool = True) -> None:
+    """Add the gradients of one pass, and its losses to `Step.losses`.
+
+    Args:
+        step: What it reads and writes.
+        with_base: Ask the base, if an objective compares with it. A pass that does not leaves the
+            alignments out (NaN in the metrics) and weighs by the gamma known so far.
+    """
+    objectives = step.stage.objectives
+    batch = make_batch(step, draw(step))
+    with ExitStack() as comparison:
+        base_prediction = None
+        if with_base and objectives.need_base:
+            base_prediction = base_pass(step, batch)
+            comparison.enter_context(compared_with_base(step, batch))
+        prediction = _predict(step, batch, step.prompts.subject(batch.photos))
+        terms = loss_terms(step, batch, prediction, base_prediction)
+        loss = weighted_sum(objectives, terms)
+        # Inside, because blocks that are checkpointed run again here.
+        _scaled(step, loss / step.stage.gradient_accumulation).backward()
+    terms["loss"] = loss
+    missing = torch.full_like(loss, torch.nan, requires_grad=False)
+    losses = torch.stack([terms.get(name, missing).detach() for name in loss_names(objectives)])
+    step.losses.add_(losses, alpha=1 / step.stage.gradient_accumulation)
 
 
 def update_parameters(step: Step) -> None:
     """Take the optimizer's step with the gradients that there are, and note the metrics."""
-    assert step.stage.objectives.denoising is not None
     step.optimizer.step(skip=_unscale_gradients_(step))
     step.optimizer.zero_grad(set_to_none=False)
-    penalty, grad_norm = step.optimizer.penalty, step.optimizer.grad_norm
-    (denoising,) = step.losses.unbind()
-    total = step.stage.objectives.denoising.weight * denoising + penalty
-    step.ring.write([total, denoising, penalty, grad_norm, step.learning_rate])
+    metrics = dict(zip(loss_names(step.stage.objectives), step.losses.unbind(), strict=True))
+    metrics["anchor"] = step.optimizer.penalty
+    metrics["loss"] = metrics["loss"] + metrics["anchor"]
+    metrics["grad_norm"] = step.optimizer.grad_norm
+    metrics["learning_rate"] = step.learning_rate
+    # Columns of other stages.
+    missing = torch.full_like(step.learning_rate, torch.nan)
+    step.ring.write([metrics.get(name, missing) for name in step.ring.names])
     step.losses.zero_()
 
 
@@ -122,20 +206,115 @@ def draw(step: Step) -> Draws:
     )
 
 
-def denoising_pass(step: Step, draws: Draws) -> Tensor:
-    """Return the batch's mean denoising loss, with the graph that leads to the adapters."""
+def make_batch(step: Step, draws: Draws) -> Batch:
+    """Return the noisy latents of the photos and views that were drawn, and what they hide."""
     family = step.family
-    views = torch.full_like(draws.photos, PLAIN_VIEW)
+    views = choose_views(step, draws)
     latents = step.latents.sample(draws.photos, views, draws.posterior_normals)
-    noisy = family.add_noise(latents, draws.noise, draws.timesteps)
-    target = family.target(latents, draws.noise, draws.timesteps)
-    prediction = family.predict(
-        noisy,
-        draws.timesteps,
-        step.prompts.subject(draws.photos),
-        step.prompts.sizes[draws.photos],
+    return Batch(
+        photos=draws.photos,
+        timesteps=draws.timesteps,
+        noisy=family.add_noise(latents, draws.noise, draws.timesteps),
+        target=family.target(latents, draws.noise, draws.timesteps),
+        sizes=step.prompts.sizes[draws.photos],
     )
-    return denoising_losses(prediction, target).mean()
+
+
+def choose_views(step: Step, draws: Draws) -> Tensor:
+    """Return which view of each photo is shown, [B] int64: the plain one, or any augmented one.
+
+    P(augmented) = min(gamma[bin of the sample's timestep], max_augmentation)
+
+    Source: Adaptive Personalized Training (arXiv 2507.02687), section 4.1; gamma is the one known
+    before the step.
+    """
+    plain = torch.full_like(draws.photos, PLAIN_VIEW)
+    if step.indicator is None or not step.stage.objectives.augment:
+        return plain
+    assert step.stage.objectives.denoising is not None
+    probability = step.indicator.gamma(draws.timesteps).clamp(
+        max=step.stage.objectives.denoising.max_augmentation
+    )
+    augmented = PLAIN_VIEW + 1 + (draws.view_fractions * step.latents.num_views).long()
+    return torch.where(draws.augmentations < probability, augmented, plain)
+
+
+def base_pass(step: Step, batch: Batch) -> Tensor:
+    """Ask the base with the class prompt, and let the alignments remember what it does.
+
+    A pass of its own. As the first half of one batch with the tuned pass it took 0.93 to 1.08 times
+    as long, forward and backward, and kept 2.0 times as many bytes for the backward pass
+    (``bench/base_pass.py`` on mini models, on the CPU).
+
+    Returns:
+        Its prediction [B, C, h, w], without a graph.
+    """
+    with torch.no_grad(), step.switch.base(), ExitStack() as memory:
+        if step.feature_alignment is not None:
+            memory.enter_context(step.feature_alignment.base_pass())
+        if step.attention_alignment is not None:
+            memory.enter_context(step.attention_alignment.base_pass())
+        return _predict(step, batch, step.prompts.plain_class(batch.photos))
+
+
+def loss_terms(
+    step: Step, batch: Batch, prediction: Tensor, base_prediction: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the terms of the loss, unweighted, and gamma's mean; 0-dim all.
+
+    Args:
+        step: What it reads and writes; the indicator takes note of the losses.
+        batch: What was asked.
+        prediction: [B, C, h, w], of the tuned network, whose forward pass has just ended.
+        base_prediction: Likewise of the base; None in a pass that did not ask it.
+    """
+    terms = {}
+    if step.indicator is None:
+        terms["denoising"] = denoising_losses(prediction, batch.target).mean()
+    elif base_prediction is None:
+        gamma = step.indicator.gamma(batch.timesteps)
+        terms["denoising"] = ((1 - gamma) * denoising_losses(prediction, batch.target)).mean()
+        terms["gamma"] = gamma.mean()
+    else:
+        terms["denoising"], gamma = step.indicator.observe(
+            prediction, base_prediction, batch.target, batch.timesteps
+        )
+        terms["gamma"] = gamma.mean()
+    if base_prediction is not None and step.feature_alignment is not None:
+        terms["feature_mean"], terms["feature_std"] = step.feature_alignment.losses()
+    if base_prediction is not None and step.attention_alignment is not None:
+        terms["attention_alignment"] = step.attention_alignment.loss()
+    return terms
+
+
+def weighted_sum(objectives: ObjectivesConfig, terms: dict[str, Tensor]) -> Tensor:
+    """Return the loss without the anchor: each objective's weight times its terms."""
+    denoising, features = objectives.denoising, objectives.feature_alignment
+    attention = objectives.attention_alignment
+    assert denoising is not None
+    loss = denoising.weight * terms["denoising"]
+    if features is not None and "feature_mean" in terms:
+        loss = loss + features.weight * (terms["feature_mean"] + terms["feature_std"])
+    if attention is not None and "attention_alignment" in terms:
+        loss = loss + attention.weight * terms["attention_alignment"]
+    return loss
+
+
+@contextmanager
+def compared_with_base(step: Step, batch: Batch) -> Iterator[None]:
+    """Let the alignments compare the tuned pass inside with the base pass before it."""
+    with ExitStack() as comparison:
+        if step.feature_alignment is not None:
+            comparison.enter_context(step.feature_alignment.tuned_pass())
+        if step.attention_alignment is not None:
+            columns = step.prompts.columns[batch.photos]
+            comparison.enter_context(step.attention_alignment.tuned_pass(columns))
+        yield
+
+
+def _predict(step: Step, batch: Batch, prompts: PromptEmbeddings) -> Tensor:
+    """Ask the network as it is, with these prompts; returns [B, C, h, w]."""
+    return step.family.predict(batch.noisy, batch.timesteps, prompts, batch.sizes)
 
 
 def _scaled(step: Step, loss: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 
-from bench import ROOT, gpu
+from bench import ROOT, gpu, gpu_tests, step_plans
 from bench.gpu import Plan, list_targets, measure
+from bench.step_plans import StepPlan
+from bench.step_ways import BASE_PASS, MODELS, NETWORK, PEERS, RECIPES
 from bench.suites import ANCHOR, COMPILE, OPTIMIZER, Suite, Workload
 from bench.ways import Way
 
@@ -57,7 +59,8 @@ def test_report_holds_rows_targets_and_what_was_refused(small_workloads, tmp_pat
     assert written.keys() == report.keys()
     assert {row["suite"] for row in written["rows"]} == {"optimizer", "anchor"}
     assert written["refused"] == written["not measured"] == []
-    assert [target["measured"] for target in written["targets"]] == [None] * 4
+    # Of the ops, and of steps.
+    assert [target["measured"] for target in written["targets"]] == [None] * (6 + 6)
 
 
 def test_what_no_longer_fits_is_listed_as_not_measured(small_workloads, tmp_path):
@@ -140,7 +143,7 @@ def test_a_refusal_or_a_failure_makes_the_exit_code_1(monkeypatch, tmp_path, wha
 
 @pytest.fixture
 def gpu_tests_in(monkeypatch, tmp_path):
-    """Return what runs gpu.run_gpu_tests on a project of one test file."""
+    """Return what runs run_gpu_tests on a project of one test file."""
 
     def run(body, *, needs=(), seconds=120.0):
         folder = tmp_path / "tests" / "kernels"
@@ -151,9 +154,9 @@ def gpu_tests_in(monkeypatch, tmp_path):
             "addopts = ['--import-mode=importlib']\n"
         )
         (folder / "test_it.py").write_text(f"import pytest\nimport time\n\n{body}")
-        monkeypatch.setattr(gpu, "ROOT", tmp_path)
-        monkeypatch.setattr(gpu, "TRAINER_NEEDS", ("no_such_trainer_package",))
-        return gpu.run_gpu_tests(seconds)
+        monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+        monkeypatch.setattr(gpu_tests, "TRAINER_NEEDS", ("no_such_trainer_package",))
+        return gpu_tests.run_gpu_tests(seconds)
 
     return run
 
@@ -210,8 +213,8 @@ def test_targets_compare_like_with_like():
             row("foreach + AdamW(fused)", 1.2, 0.5),
         ]
     )
-    assert [t["measured"] for t in targets] == pytest.approx([0.9, 1.6, 0.7, 1.2])
-    assert [t["met"] for t in targets] == [True, True, False, False]
+    assert [t["measured"] for t in targets[:4]] == pytest.approx([0.9, 1.6, 0.7, 1.2])
+    assert [t["met"] for t in targets[:4]] == [True, True, False, False]
 
 
 def test_all_plans_name_workloads_that_exist():
@@ -219,3 +222,35 @@ def test_all_plans_name_workloads_that_exist():
     for plan in gpu.PLANS:
         assert gpu.list_workload(plan.workload).name == plan.workload
         assert plan.names("captured")
+
+
+def test_steps_are_planned_once_and_after_the_most_wanted_kernels():
+    plans = gpu.list_plans()
+    assert len({str(plan) for plan in plans}) == len(plans)
+    assert [isinstance(plan, StepPlan) for plan in plans[:3]] == [False, False, True]
+    for plan in plans:
+        if isinstance(plan, StepPlan):
+            assert plan.model in MODELS
+            assert {recipe for recipe, _ in plan.ways} <= {*RECIPES, *PEERS, NETWORK, BASE_PASS}
+            assert gpu.LEAST_SECONDS < plan.least_seconds < plan.most_seconds
+
+
+def test_without_the_trainer_there_are_no_steps_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "TRAINER_NEEDS", ("no_such_trainer_package",))
+    assert gpu.list_plans() == gpu.PLANS
+    assert "steps and adapters are not measured" in capsys.readouterr().out
+
+
+def test_steps_are_measured_among_the_rest_and_given_up_after_their_own_time(
+    monkeypatch, small_workloads, tmp_path
+):
+    monkeypatch.setattr(step_plans, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(step_plans, "SECONDS", 0.01)
+    ways = (("lora", "eager"), ("base pass alone", "eager"))
+    late = StepPlan("mini-sd", "late", ways, most_seconds=0.1)
+    plans = [Plan(ANCHOR, "SDXL, rank 32"), StepPlan("mini-sd", "eager", ways), late]
+    report, written = measure_on_cpu(plans, tmp_path)
+    assert {row["suite"] for row in written["rows"]} == {"anchor", "step"}
+    assert [row["way"] for row in written["rows"][-2:]] == [", ".join(way) for way in ways]
+    (entry,) = report["not measured"]
+    assert (entry["plan"], entry["why"]) == (str(late), "OutOfTimeError: the time was up")

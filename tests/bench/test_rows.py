@@ -201,8 +201,9 @@ def test_ratio_is_of_two_ways_and_none_without_a_row():
 
 
 def test_a_target_is_met_missed_or_not_measured():
-    verdicts = [describe_target("it", 1.3, measured)["met"] for measured in (1.3, 1.29, None)]
-    assert verdicts == [True, False, None]
+    for at_most, wanted in ((False, [True, False, True, None]), (True, [True, True, False, None])):
+        targets = [describe_target("it", 1.3, m, at_most=at_most) for m in (1.3, 1.29, 1.31, None)]
+        assert [target["met"] for target in targets] == wanted
 
 
 def test_report_keeps_four_digits_and_makes_its_folder(tmp_path):

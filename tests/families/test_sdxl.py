@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -57,11 +60,13 @@ def test_timesteps_are_uniform_over_the_whole_range(family: Family) -> None:
 
 @pytest.mark.parametrize("with_mean", [False, True])
 def test_latents_are_the_scaled_posterior_of_the_vae(with_mean: bool) -> None:
-    family = family_with()
-    vae = family._pipeline.vae
+    pipeline = build_mini_sdxl()
+    vae = pipeline.vae
     vae.register_to_config(scaling_factor=0.7)
     if with_mean:
         vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 3.0, 4.0])
+    model = ModelConfig(path="mini-sdxl")
+    family = StableDiffusionXL(pipeline, model, torch.device("cpu"), torch.float64)
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     mean, std = family.encode_photos(pixels)
     normal = torch.randn_like(mean)
@@ -117,18 +122,22 @@ def test_released_encoders_can_still_draw_pictures(family: Family) -> None:
     assert before.tobytes() == after.tobytes()
 
 
-def test_encoders_leave_the_device_and_the_vae_comes_back_after_pictures(
+def test_text_encoders_are_given_up_and_the_vae_comes_back_after_pictures(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt, negative = family.encode_prompts(["a dog"]), family.encode_negative()
     pipeline = family._pipeline
-    parts = {"vae": pipeline.vae, "one": pipeline.text_encoder, "two": pipeline.text_encoder_2}
+    encoders = [weakref.ref(each) for each in (pipeline.text_encoder, pipeline.text_encoder_2)]
     moves: list[tuple[str, str]] = []
-    for name, part in parts.items():
-        move = lambda place, name=name: moves.append((name, str(place)))  # noqa: E731
-        monkeypatch.setattr(part, "to", move)
+    monkeypatch.setattr(pipeline.vae, "to", lambda place: moves.append(("vae", str(place))))
+    assert family.weight_bytes()["text encoders"] > 0
+    family.release_encoders(keep_vae=True)
+    assert moves == []
     family.release_encoders()
-    assert sorted(moves) == [("one", "cpu"), ("two", "cpu"), ("vae", "cpu")]
+    assert moves == [("vae", "cpu")]
+    gc.collect()
+    assert [each() for each in encoders] == [None, None]
+    assert family.weight_bytes()["text encoders"] == 0
     moves.clear()
     # Its place is the home that it had before; here both are the CPU.
     pictures = family.sample(

@@ -242,25 +242,63 @@ def test_resumed_run_equals_uninterrupted_run(form, dtype, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
 
 
-def test_resumed_run_keeps_a_zero_anchor_that_the_weights_have_left():
-    params = make_params(zero_ups=True)
+def anchor_bytes(optimizer):
+    return sum(state["anchor"].nbytes for state in optimizer.state.values() if "anchor" in state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_anchors_that_are_zero_take_no_memory(form):
+    params, full = make_params(zero_ups=True), make_params()
+    downs = sum(p.nbytes for p in params[::2])
+    optimizer = make_optimizer(params, form)
+    assert anchor_bytes(optimizer) == (0 if form == "effective" else downs)
+    assert anchor_bytes(make_optimizer(full, form)) == sum(p.nbytes for p in full)
+    assert anchor_bytes(make_optimizer(full, form, anchor="zero")) == 0
+    assert anchor_bytes(make_optimizer(full, form, anchor=[torch.zeros_like(p) for p in full])) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_new_lora_is_anchored_as_its_start_says(form):
+    params, oracle_params = make_params(zero_ups=True), make_params(zero_ups=True)
+    train(params, make_optimizer(params, form))
+    oracle(oracle_params, form)
+    drifts = [drift_of(ps, zero_ups=True) for ps in (params, oracle_params)]
+    assert worst_error(*drifts) <= 1e-9
+
+
+def test_one_pair_of_two_keeps_its_anchor():
+    params = make_params()
+    with torch.no_grad():
+        params[3].zero_()
     optimizer = make_optimizer(params, "effective")
-    assert all("anchor" not in optimizer.state[p] for p in params)
+    assert ["anchor" in optimizer.state[p] for p in params] == [True, True, False, False]
+    oracle_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    train(params, optimizer)
+    oracle(oracle_params, "effective")
+    starts = [
+        torch.zeros_like(params[3]) if i == 3 else v for i, v in enumerate(draw_tensors(SHAPES))
+    ]
+    drifts = [
+        [p.detach() - s for p, s in zip(ps, starts, strict=True)] for ps in (params, oracle_params)
+    ]
+    assert worst_error(*drifts) <= 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_resumes_with_the_anchors_that_were_kept(form):
+    params = make_params(zero_ups=True)
+    optimizer = make_optimizer(params, form)
     train(params, optimizer, steps=3)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    other = make_optimizer(resumed, "effective")
-    assert "anchor" in other.state[resumed[0]]
+    other = make_optimizer(resumed, form)
     other.load_state_dict(optimizer.state_dict())
-    assert "anchor" not in other.state[resumed[0]]
+    assert anchor_bytes(other) == anchor_bytes(optimizer)
     assert train(params, optimizer, first_step=3) == train(resumed, other, first_step=3)
 
 
-def test_zero_ups_make_an_effective_anchor_of_zero():
-    params, oracle_params = make_params(zero_ups=True), make_params(zero_ups=True)
-    train(params, make_optimizer(params, "effective"))
-    oracle(oracle_params, "effective")
-    drifts = [drift_of(ps, zero_ups=True) for ps in (params, oracle_params)]
-    assert worst_error(*drifts) <= 1e-9
+def test_anchors_on_the_meta_device_count_as_not_zero():
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    assert anchor_bytes(make_optimizer(params)) == sum(p.nbytes for p in params)
 
 
 def test_loading_writes_where_the_state_is_and_shares_nothing():

@@ -53,6 +53,8 @@ def test_curves_are_read_back_by_tensorboard(tmp_path: Path) -> None:
 
     curves = Curves(tmp_path)
     curves.append(rows(1, 4))
+    # What a step did not compute is no point of a curve.
+    curves.append([{"step": 4, "loss": float("nan")}])
     curves.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()

@@ -35,3 +35,20 @@ def test_tensors_begin_at_aligned_places_and_padding_is_zero() -> None:
         for tensor in arena.tensors:
             tensor.fill_(1)
     assert arena.flat.sum() == 15 + 7 + 65
+
+
+def test_working_copy_is_the_values_in_another_dtype_and_follows_when_told() -> None:
+    arena = ParameterArena([(3, 5), (7,)], torch.device("cpu"), torch.float32, torch.bfloat16)
+    with torch.no_grad():
+        arena.flat.fill_(1 + 2.0**-12)
+    assert not any(tensor.any() for tensor in arena.working)
+    arena.refresh()
+    for tensor, working in zip(arena.tensors, arena.working, strict=True):
+        assert working.shape == tensor.shape and not working.requires_grad
+        assert torch.equal(working, tensor.bfloat16())
+
+
+def test_values_of_the_working_dtype_have_no_copy() -> None:
+    arena = ParameterArena([(3, 5)], torch.device("cpu"), torch.float32, torch.float32)
+    assert arena.working_copy is None
+    assert arena.working[0].data_ptr() == arena.tensors[0].data_ptr()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import peft
 import pytest
 import torch
 from torch import Tensor
 
-from fastppt.config import LoraConfig
+from fastppt.config import LoraConfig, ModelConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
+from fastppt.families.loading import load_family
 from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
+from fastppt.objectives.anchor import anchored_group
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.loop import build_adapters
+from fastppt_kernels import AnchoredAdamW
 
 ALL = ["*.to_q", "*.to_k", "*.to_v", "*.to_out.0"]
 
@@ -186,3 +194,93 @@ def test_adapters_that_do_not_fit_are_refused_and_nothing_written(
     with pytest.raises(UserError, match=message):
         adapters.load(weights)
     assert torch.equal(adapters.arena.flat, before)
+
+
+def bf16_family() -> Family:
+    return load_family(ModelConfig(path="mini-sdxl", device="cpu"), dtype=torch.bfloat16)
+
+
+def test_loaded_values_reach_a_narrow_network() -> None:
+    family = bf16_family()
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=2), seed=0, device=family.device
+    )
+    weights = weights_of(adapters)
+    generator = torch.Generator().manual_seed(3)
+    ups = {k: torch.randn(up.shape, generator=generator) for k, (_, up, _) in weights.items()}
+    adapters.load({k: (down, ups[k], scale) for k, (down, _, scale) in weights.items()})
+    assert torch.equal(adapters.arena.working_copy, adapters.arena.flat.bfloat16())
+    assert adapters.arena.flat.abs().max() > 1
+
+
+def test_optimizer_writes_what_a_narrow_network_computes_with() -> None:
+    family = bf16_family()
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=2), seed=0, device=family.device
+    )
+    optimizer = AnchoredAdamW([anchored_group(adapters, torch.tensor(0.1), None)])
+    before = adapters.arena.working_copy.clone()
+    adapters.arena.grad.fill_(1.0)
+    optimizer.step()
+    assert torch.equal(adapters.arena.working_copy, adapters.arena.flat.detach().bfloat16())
+    assert not torch.equal(adapters.arena.working_copy, before)
+
+
+def test_network_with_adapters_is_saved_as_it_was(family: Family, tmp_path: Path) -> None:
+    names = dict(family.network.named_parameters()).keys()
+    before = {name: value.clone() for name, value in family.network.state_dict().items()}
+    adapters = LoraAdapters(
+        family.make_adaptable(), LoraConfig(rank=2), seed=0, device=family.device
+    )
+    assert dict(family.network.named_parameters()).keys() == names
+    assert len({parameter.data_ptr() for parameter in family.network.parameters()}) == len(names)
+    family.network.save_pretrained(tmp_path)
+    saved = type(family.network).from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == before.keys() and len(adapters.pairs) > 0
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("model", ["mini-sd", "mini-sdxl", "mini-sd3"])
+def test_up_takes_the_second_half_of_the_network(
+    make_config: Callable[..., RunConfig], model: str
+) -> None:
+    config = make_config(**{"stage.0.trainables.lora.targets": "up", "model.path": model})
+    family = load_family(config.model)
+    adapters = build_adapters(config, family)
+    adapted = {pair.name for pair in adapters.pairs}
+    every = [name for group in family.make_adaptable() for name in group.names]
+    blocks = sorted({name.split(".attn")[0] for name in every})
+    late = [
+        block
+        for block in blocks
+        if block.startswith("up_blocks.")
+        or (model == "mini-sd3" and int(block.split(".")[1]) >= len(blocks) // 2)
+    ]
+    assert 0 < len(late) < len(blocks)
+    assert adapted == {name for name in every if name.split(".attn")[0] in late}
+
+
+def note_backward(
+    name: str, names: list[str], module: torch.nn.Module, given: object, output: Tensor
+) -> None:
+    """A forward hook: note the name when the backward pass reaches the module's output."""
+    if output.requires_grad:
+        output.grad_fn.register_hook(lambda *_: names.append(name))
+
+
+def test_backward_pass_of_up_does_not_reach_what_lies_before(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    reached = {}
+    for targets in (None, "up"):
+        settings = {} if targets is None else {"stage.0.trainables.lora.targets": targets}
+        family = load_family(make_config().model, dtype=torch.float64)
+        build_adapters(make_config(**settings), family, dtype=torch.float64)
+        names: list[str] = []
+        for name, module in family.network.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(partial(note_backward, name, names))
+        loss_of(family.network).backward()
+        reached[targets] = {name.split(".")[0] for name in names}
+    assert {"down_blocks", "mid_block", "up_blocks"} <= reached[None]
+    assert reached["up"] == {"up_blocks", "conv_norm_out", "conv_act", "conv_out"}

@@ -18,7 +18,7 @@ from fastppt.config import RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
-from fastppt.training import loop
+from fastppt.training import loop, runners
 from fastppt.training.encoding import encode
 from fastppt.training.loop import (
     BUCKET_STREAM,
@@ -62,7 +62,12 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     taken: list[Step] = []
-    monkeypatch.setattr(loop, "run_step", lambda step: (taken.append(step), run_step(step)))
+
+    def record(step: Step, number: int) -> None:
+        taken.append(step)
+        run_step(step, number)
+
+    monkeypatch.setattr(runners, "run_step", record)
     return taken
 
 

@@ -1,70 +1,131 @@
-"""The compile engine computes what the eager one does."""
+"""Which engine runs, what is said of it, and when it is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from io import StringIO
 
 import pytest
 import torch
 from rich.console import Console
 
-from fastppt.config import ModelConfig, RunConfig
-from fastppt.data.photos import find_photos
+from fastppt.config import RunConfig
+from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.loading import load_family
-from fastppt.training import engine, loop
-from fastppt.training.encoding import encode
-from fastppt.training.engine import prepare_engine, resolve_engine
-from fastppt.training.loop import build_adapters, build_steps, new_generator, resolve
-from fastppt.training.ring import MetricRing
-from fastppt.training.step import METRICS, Step, denoising_pass, draw, run_step
+from fastppt.training import engine, loop, runners
+from fastppt.training.engine import fallback_note, prepare_engine, resolve_engine, why_auto
+from fastppt.training.step import Step
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MakeConfig = Callable[..., RunConfig]
 
 
-def test_auto_is_eager() -> None:
-    assert resolve_engine("auto") == "eager"
-    assert resolve_engine("compile") == "compile"
+def captures(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    """Let CUDA graphs be had, or not for a reason."""
+    monkeypatch.setattr(engine, "why_not_capture", lambda device: reason)
 
 
-@pytest.mark.slow
-def test_compiled_steps_equal_eager_ones(make_config: Callable[..., RunConfig]) -> None:
-    """First gradients tensor by tensor, then the drift of 20 steps, both in float64."""
-    gradients, drifts = [], []
-    for name in ("eager", "compile"):
-        family = load_family(ModelConfig(path="mini-sdxl", device="cpu"), dtype=torch.float64)
-        config = resolve(make_config(engine=name), family)
-        adapters = build_adapters(config, family, dtype=torch.float64)
-        prepare_engine(config.engine, family)
-        photos = find_photos(config.photos.folder)
-        buckets, _ = encode(config, family, photos, Console(quiet=True))
-        ring = MetricRing(METRICS, 32, family.device)
-        generator = new_generator(config, family)
-        (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
-        step.learning_rate.fill_(1e-3)
-        start = adapters.arena.flat.detach().clone()
-        state = generator.get_state()
-        # At the start the up-projections are zero and hide half of the gradients.
-        for pair in adapters.pairs:
-            pair.up.fill_(0.01)
-        denoising_pass(step, draw(step)).backward()
-        gradients.append([tensor.grad.clone() for tensor in adapters.arena.tensors])
-        adapters.arena.grad.zero_()
-        adapters.arena.flat.data.copy_(start)
-        generator.set_state(state)
-        for _ in range(20):
-            run_step(step)
-        drifts.append(adapters.arena.flat.detach() - start)
-    for eager, compiled in zip(*gradients, strict=True):
-        assert (eager - compiled).abs().max() <= 1e-9 * eager.abs().max()
-    assert drifts[0].abs().max() > 0
-    assert (drifts[0] - drifts[1]).abs().max() <= 1e-9 * drifts[0].abs().max()
+def test_auto_is_eager_on_the_cpu_and_a_chosen_engine_is_kept() -> None:
+    assert resolve_engine("auto", CPU) == "eager"
+    assert resolve_engine("graph+compile", CPU) == "graph+compile"
+    assert why_auto(CPU).startswith("graph captures CUDA graphs, which need a GPU; one run")
+    assert fallback_note("auto", CPU) is None
+
+
+def test_auto_is_graph_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures(monkeypatch, None)
+    assert resolve_engine("auto", GPU) == "graph"
+    assert why_auto(GPU).startswith("a step is one launch")
+    assert fallback_note("auto", GPU) is None
+
+
+def test_auto_without_graphs_on_a_gpu_is_eager_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captures(monkeypatch, "needs something")
+    assert resolve_engine("auto", GPU) == "eager"
+    assert fallback_note("auto", GPU) == "engine eager, not graph: needs something"
+    assert fallback_note("graph", GPU) is None
+
+
+def test_the_reason_is_printed_in_one_line(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loop, "fallback_note", lambda chosen, device: f"{chosen}: no [graphs] in this one"
+    )
+    console = Console(file=StringIO(), width=20)
+    loop.train(make_config(**{"stage.0.steps": 1}), console)
+    assert console.file.getvalue().startswith("note: auto: no [graphs] in this one\n")
+
+
+def test_engines_are_listed_with_the_reason_against_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: "needs something")
+    no_gpu = "captures CUDA graphs, which need a GPU"
+    assert engine.engines(CPU) == {
+        "eager": None,
+        "compile": "needs something",
+        "graph": no_gpu,
+        "graph+compile": no_gpu,
+    }
+    captures(monkeypatch, None)
+    assert engine.engines(GPU)["graph"] is None
+    assert engine.engines(GPU)["graph+compile"] == "needs something"
+
+
+def test_engine_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: "needs a C++ compiler")
+    prepare_engine("eager", "blocks", family)
+    with pytest.raises(UserError, match=r"engine compile: needs a C\+\+ compiler\. Pass --engine"):
+        prepare_engine("compile", "blocks", family)
+    for name in ("graph", "graph+compile"):
+        with pytest.raises(UserError) as raised:
+            prepare_engine(name, "blocks", family)
+        assert str(raised.value) == (
+            f"engine {name}: captures CUDA graphs, which need a GPU. Pass --engine eager to do "
+            "without"
+        )
+
+
+@pytest.mark.parametrize(
+    ("scope", "compiled"),
+    [("blocks", "BasicTransformerBlock"), ("network", "UNet2DConditionModel")],
+)
+@pytest.mark.parametrize("name", ["compile", "graph+compile"])
+def test_a_compiling_engine_compiles_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, family: Family, name: str, scope: str, compiled: str
+) -> None:
+    captures(monkeypatch, None)
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
+    prepare_engine(name, scope, family)
+    modules = family.network.modules()
+    parts = {type(m).__name__ for m in modules if m._compiled_call_impl is not None}
+    assert parts == {compiled}
+
+
+@pytest.mark.parametrize("name", ["auto", "eager", "graph"])
+def test_a_scope_for_an_engine_that_compiles_nothing_is_refused(name: str) -> None:
+    settings = [("engine", name), ("compile_scope", "network")]
+    with pytest.raises(UserError, match=f"compile_scope: engine {name} compiles nothing"):
+        build_config(settings=settings)
+
+
+@pytest.mark.parametrize("scope", ["blocks", "network"])
+def test_a_network_compiled_as_one_is_checked_before_it_trains(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(loop, "check_gradients", lambda steps, adapters: happened.append("check"))
+    monkeypatch.setattr(runners, "run_step", lambda step, number: happened.append("step"))
+    settings = {"engine": "compile", "compile_scope": scope, "stage.0.steps": 2}
+    loop.train(make_config(**settings), Console(quiet=True))
+    checks = ["check"] if scope == "network" else []
+    assert happened == [*checks, "step", "step"]
 
 
 def test_samples_are_drawn_without_compiling(
-    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced: list[str] = []
     compiled_blocks: list[int] = []
@@ -74,97 +135,13 @@ def test_samples_are_drawn_without_compiling(
         lambda code, *args, **kwargs: traced.append(code.co_name),
     )
 
-    def count_compiled_blocks(step: Step) -> None:
+    def count_compiled_blocks(step: Step, number: int) -> None:
         modules = step.family.network.modules()
         compiled_blocks.append(sum(m._compiled_call_impl is not None for m in modules))
 
-    monkeypatch.setattr(loop, "run_step", count_compiled_blocks)
+    monkeypatch.setattr(runners, "run_step", count_compiled_blocks)
     settings = {"engine": "compile", "samples.enabled": True, "samples.steps": 1}
     loop.train(make_config(**settings), Console(quiet=True))
     # The engine is at work in the steps, and not in the pictures before and after them.
     assert len(compiled_blocks) == 6 and min(compiled_blocks) > 0
     assert traced == []
-
-
-def test_blocks_are_compiled_and_the_rest_is_not(make_config: Callable[..., RunConfig]) -> None:
-    family = load_family(ModelConfig(path="mini-sdxl", device="cpu"))
-    prepare_engine("compile", family)
-    compiled = {
-        type(module).__name__
-        for module in family.network.modules()
-        if module._compiled_call_impl is not None
-    }
-    assert compiled == {"BasicTransformerBlock"}
-
-
-def test_engines_are_listed_with_the_reason_against_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "why_not_compile", lambda device: "needs something")
-    assert engine.engines(CPU) == {"eager": None, "compile": "needs something"}
-
-
-def compiler(folder: Path, script: str) -> str:
-    """Write a program that stands in for a compiler."""
-    program = folder / "cxx"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return str(program)
-
-
-def why_not_with(program: str) -> str | None:
-    """Say why a C++ compiler will not do."""
-    from torch._inductor import config, cpp_builder
-
-    cpp_builder.cpp_compiler_search.cache_clear()
-    try:
-        with config.patch({"cpp.cxx": (program,)}):
-            return engine.why_not_compile(CPU)
-    finally:
-        cpp_builder.cpp_compiler_search.cache_clear()
-
-
-def test_working_compiler_is_all_that_the_cpu_needs(tmp_path: Path) -> None:
-    assert why_not_with(compiler(tmp_path, "exit 0")) is None
-
-
-def test_missing_compiler_says_what_to_install(tmp_path: Path) -> None:
-    reason = why_not_with(str(tmp_path / "none"))
-    assert reason == "needs a C++ compiler: install g++, or set CXX to another one"
-
-
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [
-        ("<stdin>:1:10: fatal error: Python.h: No such file", "install python3-dev"),
-        ("cannot execute 'cc1plus'", "does not work (cannot execute 'cc1plus')"),
-    ],
-)
-def test_compiler_that_fails_says_why(tmp_path: Path, said: str, reason: str) -> None:
-    script = f'[ "$1" = --version ] && exit 0\necho "{said}" >&2\nexit 1'
-    found = why_not_with(compiler(tmp_path, script))
-    assert found is not None and reason in found
-
-
-def test_compile_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.utils._triton, "has_triton_package", lambda: False)
-    assert engine.why_not_compile(torch.device("cuda")) == "needs triton: pip install triton"
-
-
-def test_compile_on_a_gpu_needs_a_c_compiler(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from torch._dynamo.device_interface import CudaInterface
-
-    monkeypatch.setattr(CudaInterface, "raise_if_triton_unavailable", lambda device: None)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    reason = engine.why_not_compile(torch.device("cuda"))
-    assert reason == "needs a C compiler: install gcc, or set CC to another one"
-    monkeypatch.setenv("CC", compiler(tmp_path, "exit 0"))
-    assert engine.why_not_compile(torch.device("cuda")) is None
-
-
-def test_engine_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
-    monkeypatch.setattr(engine, "why_not_compile", lambda device: "needs a C++ compiler")
-    prepare_engine("eager", family)
-    with pytest.raises(UserError, match=r"engine compile: needs a C\+\+ compiler\. Pass --engine"):
-        prepare_engine("compile", family)

@@ -449,7 +449,8 @@ def test_a_run_on_a_gpu_repeats_bit_for_bit_and_draws_samples(
             "samples.steps": 2,
         }
         runs.append(train(make_config(**settings)))
-    assert runs[0].peak_memory
+    assert set(runs[0].peak_memory) == {"encode", "samples", "train"}
+    assert all(peak > 2**20 for peak in runs[0].peak_memory.values())
     assert all(math.isfinite(row["loss"]) for row in metrics(runs[0]))
     assert ups(runs[0].folder.root).norm() > 0
     assert torch.equal(ups(runs[0].folder.root), ups(runs[1].folder.root))

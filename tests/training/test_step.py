@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.photos import find_photos
@@ -93,10 +93,10 @@ def replayed_draws(step: Step) -> Iterator[None]:
 Leaves = dict[str, tuple[Tensor, Tensor]]
 
 
-def oracle_loss(step: Step, adapters: LoraAdapters, leaves: Leaves) -> Tensor:
-    """The loss from its equations, with the weights W + s B A formed whole, in plain code."""
-    family, stage = step.family, step.stage
-    formed = dict(family.network.named_parameters())
+def oracle_loss(step: Step, adapters: LoraAdapters, network: nn.Module, leaves: Leaves) -> Tensor:
+    """The loss from its equations, with the weights W + s B A formed whole in a stock network."""
+    stage = step.stage
+    formed = dict(network.named_parameters())
     penalty = torch.zeros((), dtype=torch.float64)
     for pair in adapters.pairs:
         down, up = leaves[pair.name]
@@ -116,18 +116,17 @@ def oracle_loss(step: Step, adapters: LoraAdapters, leaves: Leaves) -> Tensor:
             signal = alphas[timestep]
             noisy = signal.sqrt() * latent + (1 - signal).sqrt() * draws.noise[row]
             prompt = step.prompts.subject(photo[None])
-            with adapters.switch.base():
-                prediction = torch.func.functional_call(
-                    family.network,
-                    formed,
-                    (noisy[None], timestep[None], prompt.tokens),
-                    {
-                        "added_cond_kwargs": {
-                            "text_embeds": prompt.pooled,
-                            "time_ids": step.prompts.sizes[photo][None],
-                        }
-                    },
-                ).sample[0]
+            prediction = torch.func.functional_call(
+                network,
+                formed,
+                (noisy[None], timestep[None], prompt.tokens),
+                {
+                    "added_cond_kwargs": {
+                        "text_embeds": prompt.pooled,
+                        "time_ids": step.prompts.sizes[photo][None],
+                    }
+                },
+            ).sample[0]
             total = total + (prediction - draws.noise[row]).square().mean()
     denoising = total / (stage.batch_size * stage.gradient_accumulation)
     anchor = stage.objectives.anchor
@@ -161,6 +160,7 @@ def test_five_steps_follow_the_equations(
         name: (down.clone().requires_grad_(), up.clone().requires_grad_())
         for name, (down, up) in start.items()
     }
+    stock = load_family(ModelConfig(path="mini-sdxl", device="cpu"), dtype=torch.float64)
     tensors = [leaf for pair in leaves.values() for leaf in pair]
     rate = step.stage.trainables.lora.learning_rate
     reference = torch.optim.AdamW(tensors, lr=rate, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.5)
@@ -168,7 +168,7 @@ def test_five_steps_follow_the_equations(
     for _ in range(5):
         with replayed_draws(step):
             reference.zero_grad()
-            loss = oracle_loss(step, adapters, leaves)
+            loss = oracle_loss(step, adapters, stock.network, leaves)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(tensors, 0.05)
             reference.step()

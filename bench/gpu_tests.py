@@ -1,0 +1,69 @@
+"""Runs the gpu-marked tests for `bench.gpu`, and counts them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from bench import ROOT
+from bench.rows import Row
+
+# What tests/conftest.py imports beside torch. Without them only the kernels can be tested.
+TRAINER_NEEDS = ("diffusers", "transformers", "pydantic", "tomli_w", "PIL", "safetensors")
+
+
+def run_gpu_tests(seconds: float) -> Row:
+    """Run the gpu-marked tests; ``stop`` says why nothing should be measured, or is None."""
+    whole = all(importlib.util.find_spec(name) for name in TRAINER_NEEDS)
+    folder = "tests" if whole else "tests/kernels"
+    # Without the trainer's packages the conftest.py above the folder cannot be imported.
+    cut = [] if whole else [f"--confcutdir={folder}"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        counts_file = Path(scratch) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={counts_file}", *cut, folder]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                timeout=seconds,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as expired:
+            shown = expired.stdout or b""
+            code, output = None, shown if isinstance(shown, str) else shown.decode()
+        counts = count_tests(counts_file)
+    if code is None:
+        stop = f"the gpu tests took more than {seconds:.0f} s"
+    elif code not in (0, 5) or counts["failed"]:
+        stop = f"the gpu tests are red (pytest's exit code is {code})"
+    else:
+        stop = (
+            None if counts["passed"] else "no gpu test passed, so none says that the ops are right"
+        )
+    seconds_taken = time.monotonic() - start
+    return counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
+
+
+def count_tests(path: Path) -> dict[str, int]:
+    """Return how many tests of a JUnit file passed, failed and were skipped."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    if not path.is_file():
+        return counts
+    for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped = int(suite.get("skipped", 0))
+        counts["failed"] += failed
+        counts["skipped"] += skipped
+        counts["passed"] += int(suite.get("tests", 0)) - failed - skipped
+    return counts

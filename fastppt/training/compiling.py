@@ -1,0 +1,171 @@
+"""torch.compile: what it needs of the machine, what of the network it compiles, and its check.
+
+The whole network under Inductor on the CPU (torch 2.13) has given right outputs and wrong adapter
+gradients, so whole networks are checked before they train; blocks have never been found wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastppt.errors import UserError
+from fastppt.families.base import Family
+from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.snapshot import Snapshot, written_tensors
+from fastppt.training.step import Step, accumulate_gradients
+
+# What new up-projections are set to for the check; at zero they hide the gradients of the downs.
+TRIAL_UP = 0.01
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Return what Inductor lacks for code that runs on a device; None if it lacks nothing.
+
+    On the CPU it writes C++ with OpenMP, which a C++ compiler builds against Python's headers. On
+    a GPU it writes Triton kernels, whose launchers a C compiler builds against the same headers.
+    The compilers are run, on those headers alone.
+    """
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            compiler = get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "needs a C++ compiler: install g++, or set CXX to another one"
+        return _why_not_build([compiler, "-x", "c++", "-fopenmp"], ("Python.h", "omp.h"))
+    from torch._dynamo.device_interface import get_interface_for_device
+    from torch.utils._triton import has_triton_package
+
+    if not has_triton_package():
+        return "needs triton: pip install triton"
+    try:
+        get_interface_for_device(device.type).raise_if_triton_unavailable(device)
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if c_compiler is None:
+        return "needs a C compiler: install gcc, or set CC to another one"
+    return _why_not_build([c_compiler, "-x", "c"], ("Python.h",))
+
+
+def compile_blocks(family: Family) -> None:
+    """Compile each repeated block of the family's network by itself, when it is first called.
+
+    That takes a fraction of the time of the whole network.
+    """
+    _allow_variants()
+    blocks = [
+        module
+        for module in family.network.modules()
+        if type(module).__name__ in family.repeated_blocks
+    ]
+    assert blocks, f"{family.name} names no block of its network in repeated_blocks"
+    for block in blocks:
+        block.compile()
+
+
+def compile_network(family: Family) -> None:
+    """Compile the family's network as one, when it is first called."""
+    _allow_variants()
+    family.network.compile()
+
+
+def check_gradients(steps: Iterable[Step], adapters: LoraAdapters) -> None:
+    """Compare the adapters' gradients of one compiled pass with an eager one's, for each step.
+
+    For every tensor of an adapter: ||compiled - eager|| <= sqrt(eps) * ||eager||, eps that of the
+    network's dtype: half of its digits, our choice. A tensor whose gradient is below sqrt(eps) of
+    the largest one counts as that large. Both passes have the same draws and the adapters' values,
+    with `TRIAL_UP` for up-projections that are zero. Whatever the passes write is put back.
+
+    Raises:
+        UserError: a gradient differs by more; the worst one is named.
+    """
+    for step in steps:
+        snapshot = Snapshot(written_tensors(step), [step.generator])
+        try:
+            eager, compiled = _trial_gradients(step, adapters)
+        finally:
+            snapshot.restore()
+        tolerance = torch.finfo(step.family.dtype).eps ** 0.5
+        floor = tolerance * max(gradient.norm().item() for gradient in eager.values())
+        errors = {
+            name: ((compiled[name] - gradient).norm() / gradient.norm().clamp(min=floor)).item()
+            for name, gradient in eager.items()
+        }
+        # A gradient that is not a number is the worst of all.
+        worst = max(errors, key=lambda name: errors[name] if errors[name] >= 0 else torch.inf)
+        if not errors[worst] <= tolerance:
+            num_wrong = sum(not error <= tolerance for error in errors.values())
+            raise UserError(
+                f"compile_scope network: torch {torch.__version__} compiles wrong gradients on "
+                f"{step.family.device}: {num_wrong} of {len(errors)} adapter tensors differ from "
+                f"eager ones, most of all that of {worst} (by {errors[worst]:.1e} of its norm; "
+                f"{tolerance:.1e} is rounding); pass --set compile_scope=blocks"
+            )
+
+
+def _trial_gradients(
+    step: Step, adapters: LoraAdapters
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradients of the adapters' tensors by name: eager ones, and compiled ones."""
+    for pair in adapters.pairs:
+        pair.up.copy_(torch.where(pair.up == 0, TRIAL_UP, pair.up))
+    adapters.refresh()
+    trial = Snapshot(written_tensors(step), [step.generator])
+    with torch.compiler.set_stance("force_eager"):
+        accumulate_gradients(step)
+    eager = _gradients(adapters)
+    trial.restore()
+    accumulate_gradients(step)
+    return eager, _gradients(adapters)
+
+
+def _gradients(adapters: LoraAdapters) -> dict[str, Tensor]:
+    """Return copies of the gradients of each adapter's two tensors, by their place."""
+    gradient = adapters.arena.grad.clone()
+    return {
+        f"{pair.name}.{side}": gradient.as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+        for pair in adapters.pairs
+        for side, tensor in (("lora_down", pair.down), ("lora_up", pair.up))
+    }
+
+
+def _allow_variants() -> None:
+    # Base and tuned passes, and the batch shapes of training and of sampling, are each one variant.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Or hooks that a later stage puts on layers within what is compiled would not be called.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def _why_not_build(command: list[str], headers: tuple[str, ...]) -> str | None:
+    """Return why a compiler cannot build against the headers; None if it can."""
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    include = sysconfig.get_path("include")
+    try:
+        built = subprocess.run(
+            [*command, f"-I{include}", "-fsyntax-only", "-"],
+            input=source,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        return f"the compiler {command[0]} cannot be run ({error.strerror})"
+    if built.returncode == 0:
+        return None
+    missing = next((header for header in headers if f"{header}:" in built.stderr), None)
+    if missing == "Python.h":
+        return f"needs Python's headers ({include} has no Python.h): install python3-dev"
+    lines = built.stderr.strip().splitlines() or [f"exit status {built.returncode}"]
+    return f"the compiler {command[0]} does not work ({lines[0]})"

@@ -1,0 +1,89 @@
+"""What the steps of a stage read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastppt.config import ObjectivesConfig, RunConfig, StageConfig
+from fastppt.data.buckets import Bucket
+from fastppt.families.attention import TextAttention
+from fastppt.families.base import Family
+from fastppt.objectives.anchor import anchored_group
+from fastppt.objectives.attention_alignment import AttentionAlignment, aligned_attentions
+from fastppt.objectives.denoising import Indicator
+from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
+from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.loss_scale import LossScale
+from fastppt.training.ring import MetricRing
+from fastppt.training.step import Step, loss_names
+from fastppt_kernels import AnchoredAdamW
+
+
+def build_steps(
+    config: RunConfig,
+    stage: StageConfig,
+    family: Family,
+    adapters: LoraAdapters,
+    buckets: Sequence[Bucket],
+    ring: MetricRing,
+    generator: torch.Generator,
+) -> list[Step]:
+    """Make everything that the steps of a stage read and write; one step a bucket."""
+    like = adapters.arena.flat
+    learning_rate = torch.zeros((), device=like.device, dtype=like.dtype)
+    settings = stage.optimizer
+    optimizer = AnchoredAdamW(
+        [anchored_group(adapters, learning_rate, stage.objectives.anchor)],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm or None,
+    )
+    loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
+    objectives, key = stage.objectives, f"stage.{config.stage.index(stage)}.objectives"
+    indicator = (
+        Indicator.of(objectives.denoising, family)
+        if objectives.adaptive and objectives.denoising is not None
+        else None
+    )
+    layers, attentions = layers_to_align(family, objectives, key)
+    feature_alignment = FeatureAlignment(family, layers) if layers else None
+    attention_alignment = AttentionAlignment(attentions) if attentions else None
+    losses = like.new_zeros(len(loss_names(objectives)))
+    return [
+        Step(
+            family=family,
+            stage=stage,
+            latents=bucket.latents,
+            prompts=bucket.prompts,
+            switch=adapters.switch,
+            indicator=indicator,
+            feature_alignment=feature_alignment,
+            attention_alignment=attention_alignment,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            generator=generator,
+            ring=ring,
+            loss_scale=loss_scale,
+            losses=losses,
+        )
+        for bucket in buckets
+    ]
+
+
+def layers_to_align(
+    family: Family, objectives: ObjectivesConfig, key: str
+) -> tuple[list[nn.Module], list[TextAttention]]:
+    """Return the layers of feature and of attention alignment; none of what is not an objective.
+
+    Raises:
+        UserError: a pattern of layers matches nothing.
+    """
+    features, attention = objectives.feature_alignment, objectives.attention_alignment
+    return (
+        aligned_layers(family, features, f"{key}.feature_alignment") if features else [],
+        aligned_attentions(family, attention, f"{key}.attention_alignment") if attention else [],
+    )
