@@ -62,8 +62,8 @@ class AnchoredAdamW(Optimizer):
         anchor: "start": the values at the time when the group is added, kept as
             ``state[p]["anchor"]``. "zero": nothing is kept or read. A list: one tensor, or None
             for zeros, for each parameter over all groups in order (for each of the group's, where
-            a group gives it). For form "effective" an anchor whose B0 A0 are all zero (all ups or
-            all downs are) is kept as "zero".
+            a group gives it). Anchors that are all zero are not kept; for form "effective" nor are
+            those of parameters whose pairs all have B0 A0 = 0 (a new LoRA, whose ups are zero).
         form: "raw", "effective" or "decoupled".
         max_grad_norm: The largest norm, over all groups; None: no clip.
 

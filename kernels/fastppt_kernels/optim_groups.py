@@ -114,8 +114,9 @@ def resolve_anchor(
 ) -> tuple[str, list[Tensor | None]]:
     """Return the kind of anchor that the state_dict names, and the group's anchors, as copies.
 
-    The kinds: "start" and "list" keep tensors, "zero" does not, and "none" means that the weight
-    was 0, so that nothing was kept.
+    What is zero is not kept, nor is what only pairs with B0 A0 = 0 would read. The kinds: "start"
+    keeps a tensor for each parameter, "list" for some, "zero" for none, and "none" means that the
+    weight was 0, so that nothing was kept.
     """
     params = group["params"]
     nothing: list[Tensor | None] = [None] * len(params)
@@ -127,14 +128,16 @@ def resolve_anchor(
         return "none", nothing
     if anchor == "zero":
         return "zero", nothing
-    values = params if isinstance(anchor, str) else anchor
+    given = dict(enumerate(params if isinstance(anchor, str) else anchor))
+    values = {i: value.detach().contiguous() for i, value in given.items() if value is not None}
+    read = _indices_read(group, values)
     kept = [
-        None if value is None else value.detach().to(param.device, copy=True).contiguous()
-        for value, param in zip(values, params, strict=True)
+        values[index].to(param.device, copy=True) if index in read else None
+        for index, param in enumerate(params)
     ]
-    if group["form"] == "effective" and _are_products_zero(group["lora_pairs"], kept):
+    if not read:
         return "zero", nothing
-    return ("start" if isinstance(anchor, str) else "list"), kept
+    return ("start" if anchor == "start" and len(read) == len(params) else "list"), kept
 
 
 def _check_anchors(params: Sequence[Tensor], anchors: Sequence[Tensor | None]) -> None:
@@ -150,11 +153,19 @@ def _check_anchors(params: Sequence[Tensor], anchors: Sequence[Tensor | None]) -
             )
 
 
-def _are_products_zero(pairs: Sequence[Pair], anchors: Sequence[Tensor | None]) -> bool:
-    """Say whether all ups, or all downs, are zero, so that B0 A0 is. Reads on the host."""
-    given = {index: anchor for index, anchor in enumerate(anchors) if anchor is not None}
+def _indices_read(group: dict[str, Any], anchors: dict[int, Tensor]) -> set[int]:
+    """Return the parameters whose anchors, contiguous, differ from none. Reads on the host."""
+    if group["form"] != "effective":
+        return {index for index, anchor in anchors.items() if _is_given(anchor)}
 
-    def is_zero(place: Place) -> bool:
-        return place.param not in given or not bool(place.of(given).any())
+    def is_given(place: Place) -> bool:
+        return place.param in anchors and _is_given(place.of(anchors))
 
-    return all(is_zero(pair.up) for pair in pairs) or all(is_zero(pair.down) for pair in pairs)
+    pairs: Sequence[Pair] = group["lora_pairs"]
+    moved = [pair for pair in pairs if is_given(pair.up) and is_given(pair.down)]
+    return {place.param for pair in moved for place in (pair.up, pair.down)}
+
+
+def _is_given(anchor: Tensor) -> bool:
+    """Say whether an anchor is not zero; on the meta device, where nothing is known, it is not."""
+    return anchor.is_meta or bool(anchor.any())

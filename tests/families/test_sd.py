@@ -167,9 +167,10 @@ def test_timesteps_are_uniform_over_the_whole_range() -> None:
 
 
 def test_latents_are_the_scaled_posterior_of_the_vae() -> None:
-    family = family_of(build_mini_sd())
-    vae = family._pipeline.vae
-    vae.register_to_config(scaling_factor=0.18215)
+    pipeline = build_mini_sd()
+    pipeline.vae.register_to_config(scaling_factor=0.18215)
+    family = family_of(pipeline)
+    vae = pipeline.vae
     pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1
     mean, std = family.encode_photos(pixels)
     posterior = vae.encode(pixels).latent_dist
