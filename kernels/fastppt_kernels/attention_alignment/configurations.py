@@ -6,34 +6,33 @@ import torch
 
 from fastppt_kernels.attention_alignment.plan import (
     ALIGNED_ELEMENTS,
-    BLOCKS,
     HEAD_DIMS,
-    HEADS,
     SUM_SIZE,
     SUM_WARPS,
     Tiling,
+    choose_gradient_keys,
     choose_keys,
     forward_tiling,
     gradient_keys,
     key_tiling,
+    logsumexp_keys,
     name_dims,
     query_tiling,
 )
 from fastppt_kernels.launch import KernelConfiguration
 
-# Text tokens of one tile without and with a second piece, and of several.
+# Text tokens of one tile without and with a second piece, and of several with and without.
 NUM_KEYS = (16, 77, 154, 256)
 
 
 def kernel_configurations() -> list[KernelConfiguration]:
     """Return the ways in which the launches compile for the head dims and dtypes of the models.
 
-    Of strides that are multiples of 8 elements, as head dims make them. float16 is listed at one
-    head dim: but for the type of its loads it is bfloat16.
+    Of strides that are multiples of 8 elements, as head dims make them.
     """
     configurations = []
     for dtype, triton_type in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")):
-        for head_dim in HEAD_DIMS if dtype != "float16" else (64,):
+        for head_dim in HEAD_DIMS:
             configurations += _configurations_of(getattr(torch, dtype), triton_type, head_dim)
         configurations.append(_sum_configuration(triton_type))
     return configurations + _difference_configurations()
@@ -42,8 +41,10 @@ def kernel_configurations() -> list[KernelConfiguration]:
 def _configurations_of(
     dtype: torch.dtype, triton_type: str, head_dim: int
 ) -> list[KernelConfiguration]:
-    from fastppt_kernels.attention_alignment.triton_backward_kernel import (
+    from fastppt_kernels.attention_alignment.triton_backward_key_kernel import (
         attention_map_backward_key_kernel,
+    )
+    from fastppt_kernels.attention_alignment.triton_backward_query_kernel import (
         attention_map_backward_query_kernel,
     )
     from fastppt_kernels.attention_alignment.triton_kernel import (
@@ -54,24 +55,22 @@ def _configurations_of(
     forward, of_query, of_key = (
         tiling(dtype, head_dim) for tiling in (forward_tiling, query_tiling, key_tiling)
     )
-    shared = {"STRIDE_UNIT": ALIGNED_ELEMENTS, **name_dims(dtype, head_dim), "UPCAST": False}
+    shared: dict[str, Any] = {"STRIDE_UNIT": ALIGNED_ELEMENTS, "UPCAST": False}
+    shared |= name_dims(dtype, head_dim)
     # What the launches choose for these numbers of text tokens, and so for all.
-    logsumexps, map_sums, of_queries = set(), set(), set()
+    map_sums, of_queries = set(), set()
     for given in (False, True):
         for num_keys in NUM_KEYS:
             main, rest = choose_keys(dtype, head_dim, num_keys, given)
-            fits = num_keys <= main + rest
-            map_sums.add((given or not fits, main, rest))
-            of_queries.add((given, main, rest, fits and not given))
-            if not given and not fits:
-                logsumexps.add(main)
-    found = []
-    for keys in sorted(logsumexps):
-        constexprs = shared | {"KEYS": keys}
-        found.append(_configuration(attention_logsumexp_kernel, triton_type, forward, constexprs))
+            map_sums.add((given or num_keys > main + rest, main, rest))
+            main, rest = choose_gradient_keys(dtype, head_dim, num_keys, given)
+            one_tile = not given and num_keys <= main + rest
+            of_queries.add((given, main, rest, one_tile))
+    constexprs = shared | {"KEYS": logsumexp_keys(dtype, head_dim)}
+    found = [_configuration(attention_logsumexp_kernel, triton_type, forward, constexprs)]
     for given, main, rest in sorted(map_sums):
-        constexprs = shared | {"GIVEN_LOGSUMEXP": given, "KEYS_MAIN": main, "KEYS_REST": rest}
-        constexprs["HEADS"] = HEADS
+        constexprs = shared | {"KEYS_MAIN": main, "KEYS_REST": rest}
+        constexprs |= {} if given else {"logsumexp_ptr": None}
         found.append(_configuration(attention_map_sum_kernel, triton_type, forward, constexprs))
     for given, main, rest, one_tile in sorted(of_queries):
         constexprs = shared | {"GIVEN_LOGSUMEXP": given, "KEYS_MAIN": main, "KEYS_REST": rest}
@@ -79,26 +78,19 @@ def _configurations_of(
         found.append(
             _configuration(attention_map_backward_query_kernel, triton_type, of_query, constexprs)
         )
-    constexprs = shared | {"KEYS": gradient_keys(dtype, head_dim), "BLOCKS": BLOCKS}
     for given in (False, True):
-        for out_type in sorted({"fp32", triton_type}):
-            found.append(
-                _configuration(
-                    attention_map_backward_key_kernel,
-                    triton_type,
-                    of_key,
-                    constexprs | {"GIVEN_LOGSUMEXP": given},
-                    grad_key_ptr=out_type,
-                )
-            )
+        constexprs = shared | {"KEYS": gradient_keys(dtype, head_dim), "GIVEN_LOGSUMEXP": given}
+        found.append(
+            _configuration(attention_map_backward_key_kernel, triton_type, of_key, constexprs)
+        )
     return found
 
 
 def _configuration(
-    kernel: Any, triton_type: str, tiling: Tiling, constexprs: dict[str, Any], **types: str
+    kernel: Any, triton_type: str, tiling: Tiling, constexprs: dict[str, Any]
 ) -> KernelConfiguration:
-    """Return a configuration; arguments are of the type that their names say, or of ``types``."""
-    inputs = dict.fromkeys(("query_ptr", "key_ptr", "grad_query_ptr"), triton_type) | types
+    """Return a configuration; arguments are of the type that their names say."""
+    inputs = dict.fromkeys(("query_ptr", "key_ptr", "grad_query_ptr"), triton_type)
     constexprs = constexprs | {"BLOCK_QUERIES": tiling.block_queries}
     signature = {}
     for name in kernel.arg_names:
@@ -120,7 +112,7 @@ def _configuration(
 
 
 def _sum_configuration(triton_type: str) -> KernelConfiguration:
-    from fastppt_kernels.attention_alignment.triton_backward_kernel import (
+    from fastppt_kernels.attention_alignment.triton_backward_key_kernel import (
         attention_sum_splits_kernel,
     )
 

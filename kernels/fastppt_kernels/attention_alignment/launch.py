@@ -11,19 +11,25 @@ from torch import Tensor
 from fastppt_kernels.anchor_penalty.op import launch_weighted_sum
 from fastppt_kernels.attention_alignment.plan import (
     ALIGNED_ELEMENTS,
-    BLOCKS,
-    HEADS,
     MAX_HEAD_DIM,
     SUM_SIZE,
     SUM_WARPS,
+    Tiling,
+    choose_gradient_keys,
+    choose_group_heads,
     choose_keys,
+    choose_split_queries,
     forward_tiling,
     gradient_keys,
     key_tiling,
+    logsumexp_keys,
     name_dims,
     query_tiling,
 )
 from fastppt_kernels.launch import DTYPE_CODES, device_of, is_interpreted, use_triton
+
+# What an int32 offset can reach.
+MAX_OFFSET = 2**31 - 1
 
 
 def runs_kernels(query: Tensor) -> bool:
@@ -31,14 +37,14 @@ def runs_kernels(query: Tensor) -> bool:
     return use_triton(query) and query.dtype in DTYPE_CODES and query.shape[-1] <= MAX_HEAD_DIM
 
 
-def keeps_logsumexp(query: Tensor, logsumexp: Tensor | None) -> bool:
-    """Return whether the forward keeps a logsumexp for the backward."""
-    return logsumexp is None and runs_kernels(query)
-
-
 def _readable(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy where neighbours of the last dimension are apart."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """Return the tensor, or a copy: where neighbours of the last dimension are apart, and where the
+    tokens of a head are so far apart that int32 cannot count the elements between them.
+    """
+    tokens, head_dim = tensor.shape[-2:]
+    is_dense = tensor.stride(-1) == 1 or head_dim == 1
+    is_near = tensor.stride(-2) * tokens <= MAX_OFFSET
+    return tensor if is_dense and is_near else tensor.contiguous()
 
 
 def _stride_unit(*tensors: Tensor) -> int:
@@ -56,26 +62,34 @@ def _in_units(tensor: Tensor, unit: int) -> list[int]:
     return [stride // unit for stride in _strides(tensor)]
 
 
-def launch_map_sum(
-    query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _options(query: Tensor, unit: int, tiling: Tiling) -> dict[str, Any]:
+    """Return the constexprs that all launches over heads have."""
+    return {
+        "STRIDE_UNIT": unit,
+        **name_dims(query.dtype, query.shape[-1]),
+        "BLOCK_QUERIES": tiling.block_queries,
+        "UPCAST": is_interpreted(),
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+    }
+
+
+def launch_map_sum(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> Tensor:
     """Do the work of :func:`attention_map_sum` in one launch, two from 6 heads on.
 
     One more comes first where a softmax has more keys than a tile, 80 mostly, for its logsumexp.
 
-    Memory: a [B, Q, K] float32 for each 5 heads beyond the first 5.
+    Memory: a [B, Q, K] float32 for each 5 heads beyond the first 5, and 4 bytes a query and head
+        for that logsumexp.
 
     Memory traffic: q once (once a tile of 64 or 80 keys), the keys once a block of 64 queries,
     4 Q K bytes for each 5 heads, written and read again. FLOPs: 2 H Q K D, twice that with the
     logsumexp; 77 keys cost what 80 do, see ``choose_keys``.
-
-    Returns:
-        The map sum, and the logsumexp [B, H, Q], or no elements where it is given.
     """
-    map_sum, others, kept = _launch_groups(query, key, scale, logsumexp)
+    map_sum, others = _launch_groups(query, key, scale, logsumexp)
     if others is not None:
         _launch_difference(map_sum, others, None, None)
-    return map_sum, kept
+    return map_sum
 
 
 def launch_alignment(
@@ -85,7 +99,7 @@ def launch_alignment(
     scale: float,
     logsumexp: Tensor | None,
     columns: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Do the work of :func:`attention_alignment_loss`: the launches of its map sum, and the loss.
 
     The sum is made by the same launches as the base's, so that equal inputs give a loss of 0.
@@ -93,82 +107,86 @@ def launch_alignment(
     Memory traffic: that of :func:`launch_map_sum`, the base once, and the difference.
 
     Returns:
-        The loss, the difference [B, Q, K], and the logsumexp as of :func:`launch_map_sum`.
+        The loss and the difference [B, Q, K].
     """
-    difference, others, kept = _launch_groups(query, key, scale, logsumexp)
+    difference, others = _launch_groups(query, key, scale, logsumexp)
     partials = _launch_difference(difference, others, base_map_sum, columns)
     weight = 1.0 / (query.shape[0] * query.shape[1])
-    return launch_weighted_sum(partials, weight), difference, kept
+    return launch_weighted_sum(partials, weight), difference
+
+
+def _launch_logsumexp(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Return the log sum exp [B, H, Q] of the scaled products of readable tensors."""
+    from fastppt_kernels.attention_alignment.triton_kernel import attention_logsumexp_kernel
+
+    num_batches, num_heads, num_queries, head_dim = query.shape
+    tiling = forward_tiling(query.dtype, head_dim)
+    unit = _stride_unit(query, key)
+    logsumexp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    with device_of(query):
+        attention_logsumexp_kernel[
+            (-(-num_queries // tiling.block_queries), num_heads, num_batches)
+        ](
+            query,
+            key,
+            logsumexp,
+            scale,
+            *_in_units(query, unit),
+            *_in_units(key, unit),
+            num_heads,
+            num_queries,
+            key.shape[2],
+            KEYS=logsumexp_keys(query.dtype, head_dim),
+            **_options(query, unit, tiling),
+        )
+    return logsumexp
 
 
 def _launch_groups(
     query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Write the first group's map sum, the others', and the logsumexp where it is not given."""
-    from fastppt_kernels.attention_alignment.triton_kernel import (
-        attention_logsumexp_kernel,
-        attention_map_sum_kernel,
-    )
+) -> tuple[Tensor, Tensor | None]:
+    """Return the first group's map sum, and the others' or None where there is one group."""
+    from fastppt_kernels.attention_alignment.triton_kernel import attention_map_sum_kernel
 
     query, key = _readable(query), _readable(key)
     num_batches, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
-    unit = _stride_unit(query, key)
-    strides = [*_in_units(query, unit), *_in_units(key, unit)]
     tiling = forward_tiling(query.dtype, head_dim)
-    blocks = -(-num_queries // tiling.block_queries)
-    num_groups = -(-num_heads // HEADS)
+    unit = _stride_unit(query, key)
+    group_heads = choose_group_heads(num_heads)
+    num_groups = -(-num_heads // group_heads)
     keys_main, keys_rest = choose_keys(query.dtype, head_dim, num_keys, logsumexp is not None)
-    options: dict[str, Any] = {
-        "STRIDE_UNIT": unit,
-        **name_dims(query.dtype, head_dim),
-        "BLOCK_QUERIES": tiling.block_queries,
-        "UPCAST": is_interpreted(),
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
-    }
+    if logsumexp is None and num_keys > keys_main + keys_rest:
+        logsumexp = _launch_logsumexp(query, key, scale)
     shape = (num_batches, num_queries, num_keys)
     map_sum = torch.empty(shape, dtype=torch.float32, device=query.device)
     others = torch.empty((num_groups - 1, *shape), dtype=torch.float32, device=query.device)
-    kept_shape = query.shape[:3] if logsumexp is None else (0,)
-    kept = torch.empty(kept_shape, dtype=torch.float32, device=query.device)
-    given = None if logsumexp is None else logsumexp.contiguous()
     with device_of(query):
-        if given is None and num_keys > keys_main + keys_rest:
-            attention_logsumexp_kernel[(blocks, num_heads, num_batches)](
-                query,
-                key,
-                kept,
-                scale,
-                *strides,
-                num_heads,
-                num_queries,
-                num_keys,
-                KEYS=keys_main,
-                **options,
-            )
-            given = kept
         attention_map_sum_kernel[
-            (blocks, -(-num_keys // (keys_main + keys_rest)), num_groups * num_batches)
+            (
+                -(-num_queries // tiling.block_queries),
+                -(-num_keys // (keys_main + keys_rest)),
+                num_groups * num_batches,
+            )
         ](
             query,
             key,
-            kept if given is None else given,
+            None if logsumexp is None else logsumexp.contiguous(),
             map_sum,
             others,
             scale,
-            *strides,
+            *_in_units(query, unit),
+            *_in_units(key, unit),
             num_batches,
             num_heads,
+            group_heads,
             num_queries,
             num_keys,
-            GIVEN_LOGSUMEXP=given is not None,
             KEYS_MAIN=keys_main,
             KEYS_REST=keys_rest,
-            HEADS=HEADS,
-            **options,
+            **_options(query, unit, tiling),
         )
-    return map_sum, others if num_groups > 1 else None, kept
+    return map_sum, others if num_groups > 1 else None
 
 
 def _launch_difference(
@@ -206,18 +224,17 @@ def launch_backward(
     factor: float,
     scale: float,
     logsumexp: Tensor | None,
-    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and logsumexp in two launches, mostly three.
+    """Return the gradients of query, key and logsumexp in three launches.
 
-    The third sums the gradients of the keys over splits of the queries: of 640 for narrow inputs,
-    160 for float32. There is none where one split holds all queries.
+    One more comes first where a softmax has more keys than a tile, 80 mostly, for its logsumexp.
+    The last sums the gradients of the keys over splits of at most 640 queries.
 
-    Memory: the float32 gradient of the keys for each split, and 4 bytes a query and head; at
-    SDXL's 64x64 layer 13 % of the float32 maps [H, Q, K], 24 % with what the forward kept.
+    Memory: the float32 gradient of the keys for each split, and 8 bytes a query and head (4 where
+        the logsumexp is given); at SDXL's 64x64 layer 13.5 % of the float32 maps [H, Q, K].
 
     Memory traffic: q twice and its gradient once, the keys once a block of queries, grad_map_sum
-    twice a head, from the cache. FLOPs: 8 H Q K D, and 2 more for a softmax over more than 80 keys.
+    twice a head, from the cache. FLOPs: 8 H Q K D, and 4 more for a softmax over more than a tile.
 
     Args:
         query: [B, H, Q, D].
@@ -227,26 +244,32 @@ def launch_backward(
         factor: A constant.
         scale: The factor of the products.
         logsumexp: [B, H, Q], or None.
-        kept: Where it is None, what the forward kept.
 
     Returns:
         The gradients in the dtypes of what they are of; that of the logsumexp has no elements
         where there is none.
     """
-    from fastppt_kernels.attention_alignment.triton_backward_kernel import (
+    from fastppt_kernels.attention_alignment.triton_backward_query_kernel import (
         attention_map_backward_query_kernel,
     )
 
-    grad_query = torch.empty_like(query)
+    grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
     out = _readable(grad_query)
     query, key = _readable(query), _readable(key)
     num_batches, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
+    given = logsumexp is not None
     unit = _stride_unit(query, key, out)
-    keys_main, keys_rest = choose_keys(query.dtype, head_dim, num_keys, logsumexp is not None)
+    keys_main, keys_rest = choose_gradient_keys(query.dtype, head_dim, num_keys, given)
+    one_tile = not given and num_keys <= keys_main + keys_rest
     tiling = query_tiling(query.dtype, head_dim)
-    shifts = kept if logsumexp is None else logsumexp.contiguous()
-    sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if logsumexp is not None:
+        shifts = logsumexp.contiguous()
+    elif one_tile:
+        shifts = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    else:
+        shifts = _launch_logsumexp(query, key, scale)
+    sums = torch.empty_like(shifts)
     grad_map_sum = grad_map_sum.contiguous()
     with device_of(query):
         attention_map_backward_query_kernel[
@@ -267,23 +290,18 @@ def launch_backward(
             num_heads,
             num_queries,
             num_keys,
-            GIVEN_LOGSUMEXP=logsumexp is not None,
-            STRIDE_UNIT=unit,
-            **name_dims(query.dtype, head_dim),
+            GIVEN_LOGSUMEXP=given,
             KEYS_MAIN=keys_main,
             KEYS_REST=keys_rest,
-            ONE_TILE=logsumexp is None and num_keys <= keys_main + keys_rest,
-            BLOCK_QUERIES=tiling.block_queries,
-            UPCAST=is_interpreted(),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            ONE_TILE=one_tile,
+            **_options(query, unit, tiling),
         )
-        grad_key = _launch_key_gradient(
-            query, key, shifts, sums, grad_map_sum, grad, factor, scale, logsumexp is not None
+        _launch_key_gradient(
+            query, key, shifts, sums, grad_map_sum, grad, grad_key, factor, scale, given
         )
     if out is not grad_query:
         grad_query.copy_(out)
-    return grad_query, grad_key, query.new_empty(0) if logsumexp is None else sums
+    return grad_query, grad_key, sums if given else query.new_empty(0)
 
 
 def _launch_key_gradient(
@@ -293,12 +311,13 @@ def _launch_key_gradient(
     sums: Tensor,
     grad_map_sum: Tensor,
     grad: Tensor,
+    grad_key: Tensor,
     factor: float,
     scale: float,
     given_logsumexp: bool,
-) -> Tensor:
-    """Return the gradient of the keys; arguments as of the kernel."""
-    from fastppt_kernels.attention_alignment.triton_backward_kernel import (
+) -> None:
+    """Write the gradient of the keys; arguments as of the kernel, ``grad_key`` of any strides."""
+    from fastppt_kernels.attention_alignment.triton_backward_key_kernel import (
         attention_map_backward_key_kernel,
         attention_sum_splits_kernel,
     )
@@ -306,16 +325,16 @@ def _launch_key_gradient(
     num_batches, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     tiling = key_tiling(query.dtype, head_dim)
-    num_splits = -(-num_queries // (BLOCKS * tiling.block_queries))
-    grad_key = torch.empty_like(key)
-    split_shape = (num_splits, *key.shape)
-    if num_splits == 1:
-        partials = grad_key[None]
-    else:
-        partials = torch.empty(split_shape, dtype=torch.float32, device=key.device)
-    unit = _stride_unit(query, key)
     keys = gradient_keys(query.dtype, head_dim)
-    attention_map_backward_key_kernel[(num_splits, -(-num_keys // keys), num_heads * num_batches)](
+    num_pieces = -(-num_keys // keys)
+    num_programs = num_heads * num_batches
+    split_queries = choose_split_queries(
+        num_queries, tiling.block_queries, num_programs * num_pieces
+    )
+    num_splits = -(-num_queries // split_queries)
+    partials = torch.empty((num_splits, *key.shape), dtype=torch.float32, device=key.device)
+    unit = _stride_unit(query, key)
+    attention_map_backward_key_kernel[(num_programs, num_pieces, num_splits)](
         query,
         key,
         logsumexp,
@@ -327,31 +346,23 @@ def _launch_key_gradient(
         scale,
         *_in_units(query, unit),
         *_in_units(key, unit),
-        *partials.stride()[:4],
         num_heads,
         num_queries,
         num_keys,
+        split_queries,
         GIVEN_LOGSUMEXP=given_logsumexp,
-        STRIDE_UNIT=unit,
-        **name_dims(query.dtype, head_dim),
         KEYS=keys,
-        BLOCK_QUERIES=tiling.block_queries,
-        BLOCKS=BLOCKS,
-        UPCAST=is_interpreted(),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        **_options(query, unit, tiling),
     )
-    if num_splits > 1:
-        attention_sum_splits_kernel[(-(-key.numel() // SUM_SIZE),)](
-            partials,
-            grad_key,
-            num_splits,
-            key.numel(),
-            *grad_key.stride()[:3],
-            num_heads,
-            num_keys,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=SUM_SIZE,
-            num_warps=SUM_WARPS,
-        )
-    return grad_key
+    attention_sum_splits_kernel[(-(-key.numel() // SUM_SIZE),)](
+        partials,
+        grad_key,
+        num_splits,
+        key.numel(),
+        *grad_key.stride(),
+        num_heads,
+        num_keys,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=SUM_SIZE,
+        num_warps=SUM_WARPS,
+    )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastppt_kernels.attention_alignment.launch import (
-    keeps_logsumexp,
     launch_alignment,
     launch_backward,
     launch_map_sum,
@@ -63,10 +62,9 @@ def attention_map_sum(
         few per cent. FLOPs: 2 H Q K D, and H Q K exponentials. No [B, H, Q, K] is made.
     """
     _check_query_and_key(query, key, logsumexp)
-    map_sum, _ = torch.ops.fastppt_kernels.attention_map_sum(
+    return torch.ops.fastppt_kernels.attention_map_sum(  # type: ignore[no-any-return]
         query, key, _scale_of(query, scale), logsumexp
     )
-    return map_sum  # type: ignore[no-any-return]
 
 
 def attention_alignment_loss(
@@ -107,15 +105,15 @@ def attention_alignment_loss(
         (in bfloat16 for float16, whose range is too small), summed in float32, rounded once. With
         S_base = S the loss and all gradients are exactly 0.
 
-    Memory: between forward and backward q, k, the difference S - S_base [B, Q, K] and, on a GPU,
-        a logsumexp [B, H, Q]; for SDXL's 64x64 layer 11 % of the maps [H, Q, K] in float32.
+    Memory: between forward and backward q, k, a given logsumexp and the difference S - S_base
+        [B, Q, K]; for SDXL's 64x64 layer the difference is 10 % of the float32 maps [H, Q, K].
     Memory traffic and FLOPs: see ``launch_alignment`` and ``launch_backward``.
     """
     _check_query_and_key(query, key, logsumexp)
     _check_base(query, key, base_map_sum, columns)
     if columns is not None:
         columns = columns.expand(query.shape[0], -1)
-    loss, _, _ = torch.ops.fastppt_kernels.attention_alignment(
+    loss, _ = torch.ops.fastppt_kernels.attention_alignment(
         query, key, base_map_sum, _scale_of(query, scale), logsumexp, columns
     )
     return loss  # type: ignore[no-any-return]
@@ -190,17 +188,10 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
         raise ValueError(f"{name}: is on {tensor.device}, want {device} like query")
 
 
-# The ops. ``kept`` is the logsumexp that the kernels' backward reads: [B, H, Q], or no elements
-# where it is given or PyTorch does the work.
-
-
 @torch.library.custom_op("fastppt_kernels::attention_map_sum", mutates_args=())
-def _map_sum_op(
-    query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if runs_kernels(query):
-        return launch_map_sum(query, key, scale, logsumexp)
-    return sum_maps(query, key, scale, logsumexp), query.new_empty(0, dtype=torch.float32)
+def _map_sum_op(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> Tensor:
+    sum_of = launch_map_sum if runs_kernels(query) else sum_maps
+    return sum_of(query, key, scale, logsumexp)
 
 
 @torch.library.custom_op("fastppt_kernels::attention_alignment", mutates_args=())
@@ -211,12 +202,11 @@ def _alignment_op(
     scale: float,
     logsumexp: Tensor | None,
     columns: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if runs_kernels(query):
         return launch_alignment(query, key, base_map_sum, scale, logsumexp, columns)
     difference = sum_maps(query, key, scale, logsumexp)
-    loss = compare_with_base_(difference, base_map_sum, columns, query.shape[1])
-    return loss, difference, query.new_empty(0, dtype=torch.float32)
+    return compare_with_base_(difference, base_map_sum, columns, query.shape[1]), difference
 
 
 @torch.library.custom_op("fastppt_kernels::attention_map_backward", mutates_args=())
@@ -228,10 +218,9 @@ def _backward_op(
     factor: float,
     scale: float,
     logsumexp: Tensor | None,
-    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_kernels(query):
-        return launch_backward(query, key, grad_map_sum, grad, factor, scale, logsumexp, kept)
+        return launch_backward(query, key, grad_map_sum, grad, factor, scale, logsumexp)
     return backpropagate_maps(query, key, grad_map_sum, grad * factor, scale, logsumexp)
 
 
@@ -240,14 +229,9 @@ def _fake_map_sum(query: Tensor, key: Tensor) -> Tensor:
     return query.new_empty(shape, dtype=compute_dtype([query]))
 
 
-def _fake_kept(query: Tensor, logsumexp: Tensor | None) -> Tensor:
-    shape = query.shape[:3] if keeps_logsumexp(query, logsumexp) else (0,)
-    return query.new_empty(shape, dtype=torch.float32)
-
-
 @_map_sum_op.register_fake
-def _(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _fake_map_sum(query, key), _fake_kept(query, logsumexp)
+def _(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> Tensor:
+    return _fake_map_sum(query, key)
 
 
 @_alignment_op.register_fake
@@ -258,9 +242,9 @@ def _(
     scale: float,
     logsumexp: Tensor | None,
     columns: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     map_sum = _fake_map_sum(query, key)
-    return map_sum.new_empty(()), map_sum, _fake_kept(query, logsumexp)
+    return map_sum.new_empty(()), map_sum
 
 
 @_backward_op.register_fake
@@ -272,41 +256,41 @@ def _(
     factor: float,
     scale: float,
     logsumexp: Tensor | None,
-    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_logsumexp = query.new_empty(0) if logsumexp is None else torch.empty_like(logsumexp)
+    grad_logsumexp = query.new_empty(0)
+    if logsumexp is not None:
+        grad_logsumexp = logsumexp.new_empty(logsumexp.shape)
     return torch.empty_like(query), torch.empty_like(key), grad_logsumexp
 
 
 def _keep_for_map_sum(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, ctx.scale, logsumexp = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, logsumexp, output[1])
+    ctx.save_for_backward(query, key, logsumexp)
 
 
-def _backpropagate_map_sum(ctx: Any, grad_map_sum: Tensor, _: Any) -> tuple[Any, ...]:
-    query, key, logsumexp, kept = ctx.saved_tensors
+def _backpropagate_map_sum(ctx: Any, grad_map_sum: Tensor) -> tuple[Any, ...]:
+    query, key, logsumexp = ctx.saved_tensors
     one = torch.ones((), dtype=grad_map_sum.dtype, device=grad_map_sum.device)
     grads = torch.ops.fastppt_kernels.attention_map_backward(
-        query, key, grad_map_sum, one, 1.0, ctx.scale, logsumexp, kept
+        query, key, grad_map_sum, one, 1.0, ctx.scale, logsumexp
     )
     return grads[0], grads[1], None, None if logsumexp is None else grads[2]
 
 
 def _keep_for_alignment(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, _, ctx.scale, logsumexp, _ = inputs
-    _, difference, kept = output
-    ctx.mark_non_differentiable(difference, kept)
+    difference = output[1]
+    ctx.mark_non_differentiable(difference)
     # No zeros [B, Q, K] as the gradient of the difference.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, logsumexp, difference, kept)
+    ctx.save_for_backward(query, key, logsumexp, difference)
 
 
-def _backpropagate_alignment(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    query, key, logsumexp, difference, kept = ctx.saved_tensors
+def _backpropagate_alignment(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    query, key, logsumexp, difference = ctx.saved_tensors
     factor = 2.0 / (query.shape[0] * query.shape[1])
     grads = torch.ops.fastppt_kernels.attention_map_backward(
-        query, key, difference, grad, factor, ctx.scale, logsumexp, kept
+        query, key, difference, grad, factor, ctx.scale, logsumexp
     )
     return grads[0], grads[1], None, None, None if logsumexp is None else grads[2], None
 

@@ -114,7 +114,9 @@ def backpropagate_maps(
     num_keys = key.shape[2]
     grad_query = torch.empty_like(query)
     grad_key = torch.zeros_like(key, dtype=dtype)
-    grad_logsumexp = query.new_empty(0) if logsumexp is None else torch.empty_like(logsumexp)
+    grad_logsumexp = query.new_empty(0)
+    if logsumexp is not None:
+        grad_logsumexp = logsumexp.new_empty(logsumexp.shape)
     with torch.autocast(query.device.type, enabled=False):
         for batch in range(num_batches):
             key_hkd = key[batch].to(dtype) * scale

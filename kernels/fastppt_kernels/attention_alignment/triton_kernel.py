@@ -8,7 +8,12 @@ batch and head are int64; those of tokens int32.
 import triton
 import triton.language as tl
 
-from fastppt_kernels.attention_alignment.triton_tiles import load_rows, logits_of
+from fastppt_kernels.attention_alignment.triton_tiles import (
+    load_rows,
+    logits_of,
+    shifted_maps,
+    softmax_maps,
+)
 
 
 @triton.jit(
@@ -115,6 +120,7 @@ def attention_logsumexp_kernel(
         "stride_kn",
         "num_batches",
         "num_heads",
+        "group_heads",
         "num_queries",
         "num_keys",
     ]
@@ -134,9 +140,9 @@ def attention_map_sum_kernel(
     stride_kn,
     num_batches,
     num_heads,
+    group_heads,
     num_queries,
     num_keys,
-    GIVEN_LOGSUMEXP: tl.constexpr,  # noqa: N803
     STRIDE_UNIT: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     DIM_MAIN: tl.constexpr,  # noqa: N803
@@ -144,21 +150,20 @@ def attention_map_sum_kernel(
     KEYS_MAIN: tl.constexpr,  # noqa: N803
     KEYS_REST: tl.constexpr,  # noqa: N803
     BLOCK_QUERIES: tl.constexpr,  # noqa: N803
-    HEADS: tl.constexpr,  # noqa: N803
     UPCAST: tl.constexpr,  # noqa: N803
 ):
-    """Write the sum over a group of HEADS heads of the maps of a block of queries and tile of keys.
+    """Write the sum over a group of heads of the maps of a block of queries and a tile of keys.
 
     Grid: (blocks of queries, tiles of keys, groups * batch). Heads are summed in their order.
-    Without GIVEN_LOGSUMEXP one tile holds all keys, and each row's log sum exp is written.
 
-    Memory traffic: the queries once a tile, the keys once a block, 4 Q K bytes a group, 4 bytes a
-    query and head. FLOPs: 2 H Q K D, and H Q K exponentials.
+    Memory traffic: the queries once a tile, the keys once a block, 4 Q K bytes a group, and 4 bytes
+    a query and head of a logsumexp. FLOPs: 2 H Q K D, and H Q K exponentials.
 
     Args:
         query_ptr: [B, H, Q, HEAD_DIM]; float32, bfloat16 or float16.
         key_ptr: [B, H, K, HEAD_DIM], of that dtype.
-        logsumexp_ptr: float32 [B, H, Q]; written without GIVEN_LOGSUMEXP.
+        logsumexp_ptr: float32 [B, H, Q]; maps are exp(logits - logsumexp). None: a softmax over
+            the keys, which one tile holds.
         sum_ptr: float32 [B, Q, K]; written with the first group's.
         other_sum_ptr: float32 [groups - 1, B, Q, K]; written with those of the others.
         scale: float32.
@@ -170,9 +175,9 @@ def attention_map_sum_kernel(
         stride_kn: As above.
         num_batches: B.
         num_heads: H.
+        group_heads: Heads a group; the last group may have fewer.
         num_queries: Q.
         num_keys: K.
-        GIVEN_LOGSUMEXP: Maps are exp(logits - logsumexp); otherwise a softmax over the keys.
         STRIDE_UNIT: Elements.
         HEAD_DIM: D.
         DIM_MAIN: Width of the first piece of the head dim.
@@ -180,7 +185,6 @@ def attention_map_sum_kernel(
         KEYS_MAIN: Width of the first piece of a tile.
         KEYS_REST: Width of the second, or 0.
         BLOCK_QUERIES: Queries a program.
-        HEADS: Heads a group; the last group may have fewer.
         UPCAST: Products in float32 for narrow inputs too: the interpreter has no bfloat16 ones.
     """
     group = tl.program_id(2) // num_batches
@@ -194,15 +198,13 @@ def attention_map_sum_kernel(
         rest_keys = tl.program_id(1) * (KEYS_MAIN + KEYS_REST) + KEYS_MAIN
         rest_keys += tl.arange(0, KEYS_REST)
         sum_rest = tl.zeros([BLOCK_QUERIES, KEYS_REST], tl.float32)
-    head = group.to(tl.int64) * HEADS
-    last = tl.minimum(head + HEADS, num_heads)
+    head = group.to(tl.int64) * group_heads
+    last = tl.minimum(head + group_heads, num_heads)
     # Not a loop of a constant length, which LLVM unrolls until registers spill.
     while head < last:
-        head_query_ptr = query_ptr + head * stride_qh * STRIDE_UNIT
         head_key_ptr = key_ptr + head * stride_kh * STRIDE_UNIT
-        head_logsumexp_ptr = logsumexp_ptr + (batch * num_heads + head) * num_queries
         query_main, query_rest = load_rows(
-            head_query_ptr,
+            query_ptr + head * stride_qh * STRIDE_UNIT,
             rows,
             num_queries,
             stride_qn * STRIDE_UNIT,
@@ -211,56 +213,58 @@ def attention_map_sum_kernel(
             DIM_REST,
             UPCAST,
         )
-        key_main, key_rest = load_rows(
-            head_key_ptr,
-            keys,
-            num_keys,
-            stride_kn * STRIDE_UNIT,
-            HEAD_DIM,
-            DIM_MAIN,
-            DIM_REST,
-            UPCAST,
-        )
-        main = logits_of(
-            query_main, query_rest, key_main, key_rest, keys, num_keys, scale, DIM_REST
-        )
-        if KEYS_REST > 0:
-            key_main, key_rest = load_rows(
+        if logsumexp_ptr is None:
+            main, rest, _ = softmax_maps(
+                query_main,
+                query_rest,
                 head_key_ptr,
-                rest_keys,
                 num_keys,
                 stride_kn * STRIDE_UNIT,
+                scale,
+                HEAD_DIM,
+                DIM_MAIN,
+                DIM_REST,
+                KEYS_MAIN,
+                KEYS_REST,
+                UPCAST,
+            )
+            sum_main += main
+            if KEYS_REST > 0:
+                sum_rest += rest
+        else:
+            place = (batch * num_heads + head) * num_queries
+            logsumexp = tl.load(logsumexp_ptr + place + tl.minimum(rows, num_queries - 1))
+            sum_main += shifted_maps(
+                query_main,
+                query_rest,
+                head_key_ptr,
+                keys,
+                num_keys,
+                stride_kn * STRIDE_UNIT,
+                logsumexp,
+                scale,
+                False,
                 HEAD_DIM,
                 DIM_MAIN,
                 DIM_REST,
                 UPCAST,
             )
-            rest = logits_of(
-                query_main, query_rest, key_main, key_rest, rest_keys, num_keys, scale, DIM_REST
-            )
-        if GIVEN_LOGSUMEXP:
-            shift = tl.load(head_logsumexp_ptr + tl.minimum(rows, num_queries - 1))
-        else:
-            shift = tl.max(main, 1)
             if KEYS_REST > 0:
-                shift = tl.maximum(shift, tl.max(rest, 1))
-        main = tl.exp(main - shift[:, None])
-        if KEYS_REST > 0:
-            rest = tl.exp(rest - shift[:, None])
-        share = tl.full([BLOCK_QUERIES], 1.0, tl.float32)
-        if not GIVEN_LOGSUMEXP:
-            total = tl.sum(main, 1)
-            if KEYS_REST > 0:
-                total += tl.sum(rest, 1)
-            tl.store(
-                head_logsumexp_ptr + rows,
-                shift + tl.log(total),
-                mask=rows < num_queries,
-            )
-            share = 1.0 / total
-        sum_main += main * share[:, None]
-        if KEYS_REST > 0:
-            sum_rest += rest * share[:, None]
+                sum_rest += shifted_maps(
+                    query_main,
+                    query_rest,
+                    head_key_ptr,
+                    rest_keys,
+                    num_keys,
+                    stride_kn * STRIDE_UNIT,
+                    logsumexp,
+                    scale,
+                    False,
+                    HEAD_DIM,
+                    DIM_MAIN,
+                    DIM_REST,
+                    UPCAST,
+                )
         head += 1
     if group > 0:
         sum_ptr = other_sum_ptr + (group - 1).to(tl.int64) * num_batches * num_queries * num_keys
