@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench import ROOT
 from bench.gpu import MAIN_WORKLOAD, list_targets
+from bench.option_tables import options_table
 from bench.rows import Row, find_row
 from bench.step_rows import list_gpu_targets
 from bench.step_tables import cpu_step_table, gpu_step_table
@@ -50,6 +51,8 @@ def write_tables(results: Path) -> str:
     ]
     steps = _latest(results.glob("cpu-step-*.json"))
     parts.insert(0, cpu_step_table(steps, _machine(steps)))
+    options = _latest(results.glob("*-options-*.json"))
+    parts.insert(1, options_table(options, _machine(options)))
     by_gpu: dict[str, list[Path]] = {}
     for path in results.glob("gpu-*.json"):
         # gpu-<name>-<year>-<month>-<day>

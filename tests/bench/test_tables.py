@@ -79,7 +79,7 @@ def test_without_results_everything_is_not_measured(readme):
     text = write(readme)
     assert text.startswith("# it\n") and text.endswith("\n\nafter\n")
     assert "old" not in text
-    assert text.count("not measured yet") == 4
+    assert text.count("not measured yet") == 5
     assert "| `anchor_penalty_` | not measured | not measured | not measured |" in text
     assert "share of the copy bandwidth | 0.8 | not measured |" in text
 
@@ -135,6 +135,17 @@ def test_steps_on_a_gpu_have_a_line_for_each_way_and_their_targets(readme):
     assert "60.0" not in text and "mini-sdxl" not in text
     assert "in a graph: times faster than diffusers' step | 2.5 | 3.00 |" in text
     assert "in a graph: ms, at most | 55.0 | 50.00 |" in text
+
+
+def test_each_option_has_a_line_with_its_cost(readme):
+    labels = {"model": "mini-sdxl", "resolution": 128, "batch": 1, "rank": 32, "engine": "eager"}
+    rows = [
+        labels | {"way": "recipe `lora`", "p50 ms": 100.0, "times ours": 1.0},
+        labels | {"way": "`lora.targets=up`", "p50 ms": 61.26, "times ours": 0.614},
+    ]
+    text = write(readme, cpu_options_2030_01_02=CPU | {"rows": rows})
+    assert "mini-sdxl at 128 pixels, batch 1, rank 32, engine eager (A CPU, 1 thread" in text
+    assert "| `lora.targets=up` | 61.3 | 0.61 |" in text
 
 
 def test_the_latest_result_of_each_gpu_counts(readme):
