@@ -23,6 +23,12 @@ from fastppt.training.step import Step, accumulate_gradients
 
 # What new up-projections are set to for the check; at zero they hide the gradients of the downs.
 TRIAL_UP = 0.01
+# The loss scale of a float16 check: at the one that runs begin with, gradients may overflow.
+TRIAL_LOSS_SCALE = 2.0**8
+# Part of its norm that a gradient may be off where the pass compares with the base: small
+# differences of large numbers, of which rounding to bfloat16 alone moves 0.33 (a mini model, beside
+# float32). The wrong gradients that are known were off by 0.75 and more.
+COMPARED_TOLERANCE = 0.5
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -79,53 +85,65 @@ def compile_network(family: Family) -> None:
 
 
 def check_gradients(steps: Iterable[Step], adapters: LoraAdapters) -> None:
-    """Compare the adapters' gradients of one compiled pass with an eager one's, for each step.
+    """Compare the adapters' gradients of a compiled pass with an eager one's, for each step.
 
     For every tensor of an adapter: ||compiled - eager|| <= sqrt(eps) * ||eager||, eps that of the
     network's dtype: half of its digits, our choice. A tensor whose gradient is below sqrt(eps) of
-    the largest one counts as that large. Both passes have the same draws and the adapters' values,
-    with `TRIAL_UP` for up-projections that are zero. Whatever the passes write is put back.
+    the largest one counts as that large. That is asked of a pass without the base; where objectives
+    compare with it, a pass that does is other code, and is checked too, to `COMPARED_TOLERANCE`.
+    Both passes of a pair have the same draws and the adapters' values, with `TRIAL_UP` for
+    up-projections that are zero. Whatever the passes write is put back.
 
     Raises:
         UserError: a gradient differs by more; the worst one is named.
     """
     for step in steps:
-        snapshot = Snapshot(written_tensors(step), [step.generator])
-        try:
-            eager, compiled = _trial_gradients(step, adapters)
-        finally:
-            snapshot.restore()
-        tolerance = torch.finfo(step.family.dtype).eps ** 0.5
-        floor = tolerance * max(gradient.norm().item() for gradient in eager.values())
-        errors = {
-            name: ((compiled[name] - gradient).norm() / gradient.norm().clamp(min=floor)).item()
-            for name, gradient in eager.items()
-        }
-        # A gradient that is not a number is the worst of all.
-        worst = max(errors, key=lambda name: errors[name] if errors[name] >= 0 else torch.inf)
-        if not errors[worst] <= tolerance:
-            num_wrong = sum(not error <= tolerance for error in errors.values())
-            raise UserError(
-                f"compile_scope network: torch {torch.__version__} compiles wrong gradients on "
-                f"{step.family.device}: {num_wrong} of {len(errors)} adapter tensors differ from "
-                f"eager ones, most of all that of {worst} (by {errors[worst]:.1e} of its norm; "
-                f"{tolerance:.1e} is rounding); pass --set compile_scope=blocks"
-            )
+        rounding = torch.finfo(step.family.dtype).eps ** 0.5
+        _check_pass(step, adapters, rounding, with_base=False)
+        if step.stage.objectives.need_base:
+            _check_pass(step, adapters, COMPARED_TOLERANCE, with_base=True)
+
+
+def _check_pass(step: Step, adapters: LoraAdapters, tolerance: float, *, with_base: bool) -> None:
+    snapshot = Snapshot(written_tensors(step), [step.generator])
+    try:
+        eager, compiled = _trial_gradients(step, adapters, with_base=with_base)
+    finally:
+        snapshot.restore()
+    floor = torch.finfo(step.family.dtype).eps ** 0.5 * max(
+        gradient.norm().item() for gradient in eager.values()
+    )
+    errors = {
+        name: ((compiled[name] - gradient).norm() / gradient.norm().clamp(min=floor)).item()
+        for name, gradient in eager.items()
+    }
+    # A gradient that is not a number is the worst of all.
+    worst = max(errors, key=lambda name: errors[name] if errors[name] >= 0 else torch.inf)
+    if not errors[worst] <= tolerance:
+        num_wrong = sum(not error <= tolerance for error in errors.values())
+        raise UserError(
+            f"compile_scope network: torch {torch.__version__} compiles wrong gradients on "
+            f"{step.family.device}: {num_wrong} of {len(errors)} adapter tensors differ from "
+            f"eager ones, most of all that of {worst} (by {errors[worst]:.1e} of its norm; "
+            f"{tolerance:.1e} is rounding); pass --set compile_scope=blocks"
+        )
 
 
 def _trial_gradients(
-    step: Step, adapters: LoraAdapters
+    step: Step, adapters: LoraAdapters, *, with_base: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradients of the adapters' tensors by name: eager ones, and compiled ones."""
     for pair in adapters.pairs:
         pair.up.copy_(torch.where(pair.up == 0, TRIAL_UP, pair.up))
     adapters.refresh()
+    if step.loss_scale is not None:
+        step.loss_scale.scale.fill_(TRIAL_LOSS_SCALE)
     trial = Snapshot(written_tensors(step), [step.generator])
     with torch.compiler.set_stance("force_eager"):
-        accumulate_gradients(step)
+        accumulate_gradients(step, with_base=with_base)
     eager = _gradients(adapters)
     trial.restore()
-    accumulate_gradients(step)
+    accumulate_gradients(step, with_base=with_base)
     return eager, _gradients(adapters)
 
 

@@ -21,7 +21,7 @@ MODULES_EVERY = 100
 Reader = Callable[[], object]
 """Returns what stands at one place now."""
 
-# Options of a parameter group that are read when it is made, and its parameters themselves.
+# Options of a parameter group that are read when it is made, and those noted by parameter.
 NOT_OPTIONS = ("params", "lora_pairs", "working_copy")
 
 
@@ -110,6 +110,9 @@ def _optimizer_readers(optimizer: AnchoredAdamW) -> dict[str, Reader]:
             for key in optimizer.state[param]:
                 reader = partial(getitem, optimizer.state[param], key)
                 readers[f"{place}.params.{index}.{key}"] = reader
+            if "working_copy" in group:
+                reader = partial(getitem, group["working_copy"], index)
+                readers[f"{place}.params.{index}.working_copy"] = reader
     return readers
 
 

@@ -78,29 +78,57 @@ def stage(make_config: MakeConfig) -> tuple[list[Step], LoraAdapters]:
     return build_stage(make_config, "mini-sd3", **WITH_BASE)
 
 
-def spoil_second_pass(
-    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], object]
-) -> list[str]:
-    """Let a fault change the second of two passes; returns the stances of the passes so far."""
-    stances: list[str] = []
+def spoil_pass(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], object], *, number: int = 1
+) -> list[tuple[str, bool]]:
+    """Let a fault change one of the passes; returns the passes so far: stance, and with base."""
+    passes: list[tuple[str, bool]] = []
 
-    def accumulate(step: Step) -> None:
-        accumulate_gradients(step)
-        stances.append(torch._dynamo.eval_frame._stance.stance)
-        if len(stances) == 2:
+    def accumulate(step: Step, *, with_base: bool) -> None:
+        accumulate_gradients(step, with_base=with_base)
+        passes.append((torch._dynamo.eval_frame._stance.stance, with_base))
+        if len(passes) == number + 1:
             spoil(step.optimizer.param_groups[0]["params"][0].grad)
 
     monkeypatch.setattr(compiling, "accumulate_gradients", accumulate)
-    return stances
+    return passes
 
 
+@pytest.mark.parametrize(("number", "rounding"), [(1, 1e-5), (3, 0.3)])
 def test_a_right_network_passes_the_check_and_nothing_changes(
+    stage: tuple[list[Step], LoraAdapters],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    rounding: float,
+) -> None:
+    before = state_of(stage[0][0])
+    passes = spoil_pass(monkeypatch, lambda gradient: gradient.mul_(1 + rounding), number=number)
+    check_gradients(*stage)
+    stances = ("force_eager", "default")
+    assert passes == [(stance, base) for base in (False, True) for stance in stances]
+    assert are_equal(before, state_of(stage[0][0]))
+
+
+def test_a_network_that_is_wrong_only_beside_the_base_is_refused(
     stage: tuple[list[Step], LoraAdapters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of(stage[0][0])
-    stances = spoil_second_pass(monkeypatch, lambda gradient: gradient.mul_(1 + 1e-5))
+    spoil_pass(monkeypatch, lambda gradient: gradient.mul_(0.25), number=3)
+    with pytest.raises(UserError, match="44 of 44 adapter tensors differ"):
+        check_gradients(*stage)
+    assert are_equal(before, state_of(stage[0][0]))
+
+
+def test_a_float16_network_is_checked_where_its_gradients_are_finite(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the loss scale that a run begins with, those of feature alignment overflow."""
+    stage = build_stage(make_config, "mini-sdxl", **(WITH_BASE | {"model.precision": "fp16"}))
+    before = state_of(stage[0][0])
+    gradients: list[Tensor] = []
+    spoil_pass(monkeypatch, lambda gradient: gradients.append(gradient.clone()), number=3)
     check_gradients(*stage)
-    assert stances == ["force_eager", "default"]
+    assert gradients[0].isfinite().all() and gradients[0].any()
     assert are_equal(before, state_of(stage[0][0]))
 
 
@@ -117,7 +145,7 @@ def test_one_wrong_gradient_is_named(
     pair = stage[1].pairs[3]
     tensor = pair.down if side == "lora_down" else pair.up
     place = (tensor.shape, tensor.stride(), tensor.storage_offset())
-    spoil_second_pass(monkeypatch, lambda gradient: spoil(gradient.as_strided(*place)))
+    spoil_pass(monkeypatch, lambda gradient: spoil(gradient.as_strided(*place)))
     before = state_of(stage[0][0])
     with pytest.raises(UserError) as raised:
         check_gradients(*stage)

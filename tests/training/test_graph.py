@@ -223,6 +223,15 @@ def test_a_changed_constant_is_named(captured: tuple[Step, Constants], what: str
     assert "pass --engine eager" in str(raised.value)
 
 
+def test_a_working_copy_elsewhere_is_named(make_config: MakeConfig) -> None:
+    (step,), _ = build_stage(make_config, "mini-sd3", **{"model.precision": "bf16"})
+    constants = constants_of(step)
+    constants.check()
+    move(step.optimizer.param_groups[0]["working_copy"][0])
+    with pytest.raises(UserError, match=r"the address of .*groups\.0\.params\.0\.working_copy was"):
+        constants.check()
+
+
 def test_a_changed_constant_stops_the_replay(make_config: MakeConfig) -> None:
     steps, _ = build_stage(make_config)
     runner, _ = graph_runner(steps)
@@ -344,6 +353,21 @@ def test_a_run_with_graphs_writes_what_an_eager_one_does(
         ]
         assert ("capture" in result.seconds) == (name == "graph")
     assert files["eager"] == files["graph"]
+
+
+def test_the_card_counts_the_seconds_of_captures(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, graphs_on_the_cpu: None
+) -> None:
+    told: list[float] = []
+
+    def model_card(*given: Any) -> str:
+        told.append(given[-1])
+        return ""
+
+    monkeypatch.setattr(loop, "model_card", model_card)
+    settings = {"engine": "graph", "stage.0.steps": 2}
+    spent = loop.train(make_config(**settings), Console(file=StringIO())).seconds
+    assert told == [spent["capture"] + spent["first step"] + spent["train"]]
 
 
 def test_graphs_need_a_gpu_and_the_memory_cache(monkeypatch: pytest.MonkeyPatch) -> None:
