@@ -95,7 +95,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as stage.0.steps=200."),
 ]
 
-# Flag of `train` and `config`, and the key that it sets.
+# Flag, and the key that it sets.
 FLAG_KEYS = {
     "model": "model.path",
     "revision": "model.revision",

@@ -38,6 +38,19 @@ PATTERNS_IN_WORDS = {
     "prompts.template": "must contain {subject}",
 }
 
+# pydantic's names for values of the wrong type, and what is wanted.
+TYPES_IN_WORDS = {
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": 'a list, such as ["a", "b"]',
+    "path_type": "text in quotes",
+    "string_too_short": "text that is not empty",
+    "string_type": "text in quotes",
+    "too_short": "a list that is not empty",
+}
+
 
 def load_recipe(name: str) -> tuple[Recipe, Table]:
     """Return a recipe's description and its part of a run.
@@ -158,24 +171,29 @@ def check_recipe_fits(config: RunConfig, family: str) -> None:
 def render_toml(config: RunConfig) -> str:
     """Return the whole configuration as TOML, with the sentence of each field above it.
 
-    Unset keys stand there as comments. `build_config` on the text gives an equal configuration.
+    Unset keys stand there as comments, and so do tables that the run does without, such as an
+    objective that it does not have, with their defaults. `build_config` on the text gives an equal
+    configuration.
     """
     head = "# A run of fastppt. `fastppt train FILE` takes this file; flags win over it.\n"
     return head + "\n".join(_render_table(config, ())) + "\n"
 
 
 def _render_table(section: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
-    tables: list[tuple[str, Any]] = []
+    tables: list[tuple[str, Any, type[BaseModel]]] = []
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel) or _is_stage_list(value):
-            tables.append((name, value))
-        elif _section_type(field.annotation) is None:
+        value, own_type = getattr(section, name), _section_type(field.annotation)
+        if own_type is not None:
+            tables.append((name, value, own_type))
+        else:
             assert field.description is not None
             yield from (f"# {line}" for line in field.description.splitlines())
             yield _render_key(name, value)
-    for name, value in tables:
-        if isinstance(value, BaseModel):
+    for name, value, own_type in tables:
+        if value is None:
+            lines = list(_render_header(own_type(), (*path, name), "[{}]"))
+            yield from (f"# {line}" if line else "" for line in lines)
+        elif isinstance(value, BaseModel):
             yield from _render_header(value, (*path, name), "[{}]")
         else:
             for stage in value:
@@ -184,8 +202,8 @@ def _render_table(section: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
 
 def _render_header(section: BaseModel, path: tuple[str, ...], brackets: str) -> Iterator[str]:
     yield ""
-    doc = (type(section).__doc__ or "").strip().splitlines()[0]
-    yield f"# {doc}"
+    doc = (type(section).__doc__ or "").strip().split("\n\n")[0]
+    yield from (f"# {line.strip()}" for line in doc.splitlines())
     yield brackets.format(".".join(path))
     yield from _render_table(section, path)
 
@@ -195,10 +213,6 @@ def _render_key(name: str, value: Any) -> str:
         return f"# {name} ="
     plain = str(value) if isinstance(value, Path) else value
     return tomli_w.dumps({name: plain}).rstrip("\n")
-
-
-def _is_stage_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], BaseModel)
 
 
 def _read_toml(file: Path) -> Table:
@@ -263,6 +277,8 @@ def _explain(details: ErrorDetails) -> str:
             return f"{key} must be > {context['gt']:g}, got {given}"
         case "less_than":
             return f"{key} must be < {context['lt']:g}, got {given}"
+        case "less_than_equal":
+            return f"{key} must be <= {context['le']:g}, got {given}"
         case "literal_error":
             return f"{key} must be {context['expected']}, got {given!r}"
         case "model_type" | "dict_type":
@@ -273,6 +289,8 @@ def _explain(details: ErrorDetails) -> str:
             return f"{key}: {context['error']}" if key else str(context["error"])
         case "string_pattern_mismatch":
             return f"{key} {PATTERNS_IN_WORDS[key]}, got {given!r}"
+        case kind if kind in TYPES_IN_WORDS:
+            return f"{key} must be {TYPES_IN_WORDS[kind]}, got {given!r}"
         case _:
             message = details["msg"][0].lower() + details["msg"][1:]
             return f"{key}: {message}, got {given!r}"

@@ -51,6 +51,19 @@ def test_printed_configuration_has_every_key_with_its_sentence() -> None:
     assert tomllib.loads(text)["stage"][0]["objectives"]["anchor"]["form"] == "effective"
 
 
+def test_printed_configuration_offers_the_tables_that_the_run_does_without(tmp_path: Path) -> None:
+    config = build_config("lora")
+    assert config.stage[0].objectives.attention_alignment is None
+    lines = render_toml(config).splitlines()
+    start = lines.index("# [stage.objectives.attention_alignment]")
+    # The whole sentence stands above it.
+    assert lines[start - 1].endswith("equation 6).")
+    wanted = [line.removeprefix("# ") for line in lines[start:]]
+    file = write(tmp_path / "run.toml", "\n".join(lines[:start] + wanted))
+    objectives = build_config(file=file).stage[0].objectives
+    assert objectives.attention_alignment == config_module.AttentionAlignmentConfig()
+
+
 def test_every_setting_has_a_sentence() -> None:
     for section in vars(config_module).values():
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
@@ -114,7 +127,16 @@ def test_set_reads_toml_values_and_bare_words(text: str, value: object) -> None:
         ("stage.1.steps", 5, "there is no such stage (stages count from 0; here: 0)"),
         ("stage.².steps", 5, "there is no such stage"),
         ("stage.0", 5, "names a whole table"),
-        ("seed", True, "seed: input should be a valid integer, got True"),
+        ("seed", True, "seed must be a whole number, got True"),
+        ("stage.0.base_every", "two", "stage.0.base_every must be a whole number, got 'two'"),
+        ("gradient_checkpointing", "maybe", "must be true or false, got 'maybe'"),
+        ("photos.max_rotation", "far", "photos.max_rotation must be a number, got 'far'"),
+        ("photos.max_zoom_out", 11.0, "photos.max_zoom_out must be <= 10, got 11"),
+        ("stage.0.objectives.feature_alignment.layers", "up", 'layers must be a list, such as ["'),
+        ("stage.0.objectives.attention_alignment.layers", [], "must be a list that is not empty"),
+        ("prompts.token", "", "prompts.token must be text that is not empty, got ''"),
+        ("prompts.token", 5, "prompts.token must be text in quotes, got 5"),
+        ("photos.folder", 5, "photos.folder must be text in quotes, got 5"),
         ("samples.seed", 2**70, "samples.seed"),
         ("stage.0.trainables.lora.targets", "down", 'targets: must be "up" or a list'),
         ("stage.0.trainables.lora.targets", [], "or a list of patterns, got []"),
@@ -124,7 +146,7 @@ def test_set_reads_toml_values_and_bare_words(text: str, value: object) -> None:
         ("engine", "fast", "engine must be 'auto', 'eager', 'compile', 'graph' or 'graph+compile'"),
         ("stage.0.optimizer.epsilon", 0, "epsilon must be > 0, got 0"),
         ("stage.0.optimizer.beta1", 1, "beta1 must be < 1, got 1"),
-        ("stage.0.objectives.anchor.weight", float("nan"), "should be a finite number"),
+        ("stage.0.objectives.anchor.weight", float("nan"), "must be a finite number"),
         ("stage.0.base_every", 2, "base_every is 2, and no objective compares with the base"),
         ("stage.0.warmup_steps", 500, "warmup_steps must be below steps (500), got 500"),
         ("prompts.template", "a photo", "prompts.template must contain {subject}"),

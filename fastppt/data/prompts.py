@@ -138,6 +138,17 @@ def truncation_notes(family: Family, prompts: PromptsConfig, photos: Sequence[Ph
     ]
 
 
+def caption_notes(prompts: PromptsConfig, photos: Sequence[Photo]) -> list[str]:
+    """Return a line for each caption without {subject}."""
+    return [
+        f"{photo.caption_file} (the caption of {photo.path.name}) does not say {{subject}}; write "
+        f"that where the subject is named: it becomes {subject_words(prompts)!r}, and "
+        f"{prompts.class_noun!r} where the base model is asked"
+        for photo in photos
+        if photo.caption is not None and "{subject}" not in photo.caption
+    ]
+
+
 @contextmanager
 def quiet_truncation() -> Iterator[None]:
     """Keep diffusers and transformers from warning of long prompts: `truncation_notes` says more.

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastppt.config import RunConfig
+from fastppt.config import RunConfig, StageConfig
 from fastppt.data.prompts import subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form, is_second_version
@@ -54,6 +54,24 @@ def run_metadata(
     )
 
 
+def objectives_in_words(config: RunConfig) -> str:
+    """Return each stage's objectives and weights: `denoising 1 (uniform), anchor 0.001 (raw)`."""
+    return "; then ".join(_stage_in_words(stage) for stage in config.stage)
+
+
+def _stage_in_words(stage: StageConfig) -> str:
+    kinds = {"denoising": "weighting", "anchor": "form"}
+    words = [
+        f"{name} {objective.weight:g}"
+        + (f" ({getattr(objective, kinds[name])})" if name in kinds else "")
+        for name, objective in stage.objectives
+        if objective is not None
+    ]
+    if stage.base_every > 1:
+        words.append(f"base asked every {stage.base_every} steps")
+    return ", ".join(words)
+
+
 def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) -> dict[str, str]:
     """Return how the adapters were trained, in sd-scripts' words; None is what it writes, too."""
     stage = config.stage[-1]
@@ -75,7 +93,7 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
         "ss_steps": str(steps),
         "ss_max_train_steps": str(steps),
         "ss_gradient_accumulation_steps": str(stage.gradient_accumulation),
-        "ss_gradient_checkpointing": "False",
+        "ss_gradient_checkpointing": str(config.gradient_checkpointing),
         "ss_learning_rate": rate,
         "ss_unet_lr": rate,
         "ss_text_encoder_lr": "None",
@@ -89,7 +107,7 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
         "ss_noise_offset": "None",
         "ss_min_snr_gamma": "None",
         "ss_seed": str(config.seed),
-        "ss_training_comment": f"fastppt, {config.method}",
+        "ss_training_comment": f"fastppt, {config.method}: {objectives_in_words(config)}",
     }
     if config.model.vae is not None:
         facts["ss_vae_name"] = Path(config.model.vae).name

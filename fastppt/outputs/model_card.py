@@ -12,6 +12,7 @@ from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form
 from fastppt.families.names import LARGE_TEXT_ENCODERS, MINI_MODELS, PIPELINES
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
+from fastppt.outputs.lora_metadata import objectives_in_words
 from fastppt.trainables.lora import LoraAdapters
 
 # Where other programs look for a LoRA, by whether it has the kohya form: A1111 and Forge read no
@@ -79,6 +80,7 @@ In other programs, put `{name}.safetensors` into
 | | |
 |---|---|
 | recipe | {config.method} |
+| objectives and their weights | {objectives_in_words(config)} |
 | steps | {steps} in {seconds:.0f} s |
 | rank, alpha | {adapters.rank}, {adapters.alpha:g} |
 | trained parameters | {adapters.num_parameters:,} |

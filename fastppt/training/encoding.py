@@ -9,7 +9,12 @@ from rich.console import Console
 from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_sizes, encode_buckets, nearest_size
 from fastppt.data.photos import Photo, cover_scale
-from fastppt.data.prompts import quiet_truncation, sample_prompts, truncation_notes
+from fastppt.data.prompts import (
+    caption_notes,
+    quiet_truncation,
+    sample_prompts,
+    truncation_notes,
+)
 from fastppt.data.views import draw_views
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.training.progress import encoding_line
@@ -37,8 +42,8 @@ def encode(
         config: Resolved.
         family: The loaded model.
         photos: The subject's.
-        console: Is told of photos that are scaled up, of prompts that are cut off, and of the
-            buckets.
+        console: Is told of photos that are scaled up, of captions without {subject}, of prompts
+            that are cut off, and of the buckets.
 
     Returns:
         The buckets that have photos (the square alone where buckets are off), and the prompts of
@@ -59,7 +64,11 @@ def encode(
         seed = split_seed(config.seed, VIEW_STREAM)
         views = [draw_views(config.photos, seed, number, 0) for number in range(len(photos))]
     num_views = config.photos.views if config.augment else 0
-    notes = _upscaling_notes(photos, sizes) + truncation_notes(family, config.prompts, photos)
+    notes = [
+        *_upscaling_notes(photos, sizes),
+        *caption_notes(config.prompts, photos),
+        *truncation_notes(family, config.prompts, photos),
+    ]
     with quiet_truncation():
         with encoding_line(console, len(photos), num_views) as advance:
             buckets = encode_buckets(family, config.prompts, photos, sizes, views, advance)

@@ -125,7 +125,8 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
         prepare_engine(config.engine, config.compile_scope, family)
     if note is not None:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_headline(config, family, adapters, len(photos)))
+    headline = _headline(config, family, adapters, len(photos))
+    console.print(headline, markup=False, soft_wrap=True)
     with result.phase("encode"):
         buckets, sheet = encode(config, family, photos, console)
     result.note_peak("encode", family.device)
@@ -358,7 +359,9 @@ def save(
     num_photos = sum(photo_counts.values())
     with result.phase("save"):
         files = write_lora_files(folder.root, config, family, adapters, photo_counts)
-        seconds = result.seconds["first step"] + result.seconds.get("train", 0.0)
+        # What compiles does so in the first step; a capture takes the place of that.
+        phases = ("check", "capture", "first step", "train")
+        seconds = sum(result.seconds.get(phase, 0.0) for phase in phases)
         write_file(folder.card, model_card(config, family, adapters, num_photos, seconds))
     grids = [folder.grid(sum(stage.steps for stage in config.stage))]
     return [*files, folder.card, *(grids if config.samples.enabled else [])]

@@ -94,9 +94,8 @@ def encoding_line(
     """
     total = num_photos * (1 + num_views)
     if num_views and not console.is_terminal:
-        console.print(
-            f"encoding {total} pictures: {num_photos} photos with {num_views} augmented views each"
-        )
+        views = f"{num_views} augmented view{'s' * (num_views > 1)}"
+        console.print(f"encoding {total} pictures: {num_photos} photos with {views} each")
     columns = TextColumn("encoding"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
     # A line that is gone when all is encoded.
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""Prompts that are too long are named with what is lost, in our words alone."""
+"""Prompts that are not what a user may think are named: too long, or without the subject."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fastppt.config import ModelConfig, PromptsConfig
 from fastppt.data.photos import Photo
-from fastppt.data.prompts import quiet_truncation, truncation_notes
+from fastppt.data.prompts import caption_notes, quiet_truncation, truncation_notes
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
@@ -78,6 +78,17 @@ def test_long_prompts_are_named_by_file_or_key(family: Family) -> None:
         f"prompts.class_prompt {ending} robot",
     ]
     assert truncation_notes(family, PROMPTS, photos[1:2]) == []
+
+
+def test_a_caption_without_the_subject_is_named_by_its_file() -> None:
+    photos = [
+        Photo(Path("x/a.jpg"), "{subject} at sea", Path("x/a.txt"), (9, 9)),
+        Photo(Path("x/b.jpg"), None, None, (9, 9)),
+        Photo(Path("x/c.jpg"), "a robot at sea", Path("x/captions.toml"), (9, 9)),
+    ]
+    (note,) = caption_notes(PROMPTS, photos)
+    assert note.startswith("x/captions.toml (the caption of c.jpg) does not say {subject}; write")
+    assert "it becomes 'sks robot', and 'robot' where the base model is asked" in note
 
 
 def test_the_libraries_own_warnings_are_silent_inside_and_back_after(

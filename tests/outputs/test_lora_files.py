@@ -357,6 +357,31 @@ def test_model_card_loads_the_model_as_the_run_did(
     )
 
 
+def test_card_and_metadata_say_what_pulled_and_what_held(
+    write: Write, make_config: Callable[..., RunConfig], family: Family
+) -> None:
+    objectives = "stage.0.objectives"
+    settings = {
+        "gradient_checkpointing": True,
+        "stage.0.base_every": 4,
+        f"{objectives}.denoising.weighting": "adaptive",
+        f"{objectives}.anchor.weight": 0.25,
+        f"{objectives}.attention_alignment.weight": 3e-4,
+    }
+    wanted = (
+        "denoising 1 (adaptive), anchor 0.25 (effective), attention_alignment 0.0003, "
+        "base asked every 4 steps"
+    )
+    (_, file), adapters, _ = write(**settings)
+    metadata = metadata_of(file)
+    assert metadata["ss_training_comment"] == f"fastppt, ppt-lora: {wanted}"
+    assert metadata["ss_gradient_checkpointing"] == "True"
+    config = make_config(photos__resolution=64, **settings)
+    assert f"| {wanted} |" in model_card(config, family, adapters, 5, 1.0)
+    plain = model_card(make_config(photos__resolution=64), family, adapters, 5, 1.0)
+    assert "| denoising 1 (uniform), anchor 0.001 (effective) |" in plain
+
+
 def test_model_card_of_a_family_without_kohya_form_names_comfyui_alone(
     make_config: Callable[..., RunConfig],
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -76,6 +78,17 @@ def test_a_run_that_augments_encodes_views_by_its_seed(
     other, _ = encoded(make_config(**ADAPTIVE, seed=4))
     assert torch.equal(other.latents.posteriors[:, 0], bucket.latents.posteriors[:, 0])
     assert not torch.isclose(other.latents.posteriors, bucket.latents.posteriors)[:, 1:].all()
+
+
+def test_one_view_is_no_views_and_a_caption_without_subject_is_noted(
+    make_config: MakeConfig, photos: Path, tmp_path: Path
+) -> None:
+    folder = copytree(photos, tmp_path / "captioned")
+    (folder / "robot-1.txt").write_text("a photo of [sks] robot")
+    changes = {"photos.views": 1, "photos.folder": str(folder)}
+    _, text = encoded(make_config(**ADAPTIVE | changes))
+    assert text.startswith("encoding 10 pictures: 5 photos with 1 augmented view each\n")
+    assert "note: " in text and "robot-1.txt" in text and "does not say {subject}" in text
 
 
 def test_augmented_views_are_told_the_size_of_their_photo(

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,18 @@ def test_a_run_with_stages_of_its_own_has_a_name_for_its_method(
 ) -> None:
     result = train(make_config().model_copy(update={"recipe": None}))
     assert "| recipe | own stages |" in result.folder.card.read_text()
+
+
+def test_the_first_line_is_one_line_and_has_the_models_path_as_it_is(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    # To rich this is an end without a beginning.
+    folder = tmp_path / "[/a] model"
+    build_mini_sdxl().save_pretrained(folder)
+    console = Console(file=StringIO(), width=40)
+    train_run(make_config(**{"model.path": str(folder), "stage.0.steps": 2}), console)
+    first = console.file.getvalue().splitlines()[0]
+    assert f"2 steps on {folder} (sdxl, cpu" in first and first.endswith(" parameters")
 
 
 def test_odd_words_leave_the_model_card_readable(make_config: MakeConfig) -> None:
