@@ -283,8 +283,10 @@ class AnchoredAdamW(Optimizer):
         for group, old, saved in zip(self.param_groups, old_groups, saved_groups, strict=True):
             group |= {name: old[name] for name in NOT_SAVED if name in old}
             for name in ("lr", "anchor_weight"):
-                if isinstance(group[name], Tensor):
-                    group[name] = write_over(old[name], group[name], group[name].device)
+                held, value = old[name], group[name]
+                if isinstance(value, Tensor):
+                    device = held.device if isinstance(held, Tensor) else value.device
+                    group[name] = write_over(held, value, device)
             for param, number in zip(group["params"], saved["params"], strict=True):
                 # Not torch's copies: they are cast to the parameter's dtype.
                 self.state[param] = {
@@ -301,7 +303,8 @@ class AnchoredAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._launcher = Launcher()
+        # torch loads state through here too, and captured steps read what the launcher keeps.
+        self.__dict__.setdefault("_launcher", Launcher())
 
 
 def _find_gradients(number: int, group: dict[str, Any]) -> list[int]:

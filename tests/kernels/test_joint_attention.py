@@ -226,6 +226,20 @@ def test_autocast_does_not_reach_the_products():
     assert all(map(torch.equal, inside, run(arguments)))
 
 
+def test_autocast_is_off_where_the_attention_runs(monkeypatch):
+    # The CPU's operation is on no list of autocast, a GPU's is.
+    seen = []
+
+    def attend(*inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return flash.attend(*inputs)
+
+    monkeypatch.setattr(op, "attend", attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(make(torch.float32))
+    assert seen == [False]
+
+
 def test_the_op_passes_opcheck():
     query, key, value = (make()[name] for name in NAMES)
     torch.library.opcheck(torch.ops.fastppt_kernels.attention, (query, key, value, 0.3))
@@ -363,6 +377,20 @@ def test_the_op_passes_opcheck_on_a_gpu(dtype, head_dim):
     backward = (output, logsumexp, *inputs, output, logsumexp, 0.3)
     op_backward = torch.ops.fastppt_kernels.attention_backward
     torch.library.opcheck(op_backward, backward, test_utils=tests)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_to_another_dtype_does_not_reach_a_gpus_products(dtype):
+    arguments = make(dtype, **SD3)
+    with torch.autocast("cuda", torch.float16):
+        inside = run(arguments)
+    # The gradients differ by their rounding from run to run.
+    for result, wanted in zip(inside, run(arguments), strict=True):
+        assert result.dtype == wanted.dtype
+        assert overall_error([result], [wanted]) <= 1e-2
+    assert torch.equal(inside[0], joint_attention(**arguments)[0])
 
 
 @pytest.mark.gpu

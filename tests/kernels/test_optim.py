@@ -321,6 +321,15 @@ def test_loading_writes_where_the_state_is_and_shares_nothing():
         assert all(torch.equal(saved["state"][number][k], v) for k, v in state.items())
 
 
+def test_a_loaded_learning_rate_is_written_where_its_tensor_is():
+    saved = make_optimizer(make_params(), lr=torch.tensor(LR)).state_dict()
+    # A device of another kind than the one that the state was read to.
+    lr = torch.tensor(1.0, device="meta")
+    optimizer = make_optimizer(make_params(), lr=lr)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
 def test_state_dict_holds_no_pairs_and_loading_keeps_them():
     params = make_params()
     optimizer = make_optimizer(params, "effective")
@@ -486,6 +495,8 @@ def test_wide_copies_of_gradients_stay_where_they_are():
         batch = optimizer._gather(0, range(len(params)))
         assert all(torch.equal(g, p.grad) for g, p in zip(batch.grads, params, strict=True))
         places.append([g.data_ptr() for g in batch.grads])
+        # A captured step reads them at every replay, and is replayed after loading too.
+        optimizer.load_state_dict(optimizer.state_dict())
     assert places[0] == places[1]
 
 

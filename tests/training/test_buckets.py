@@ -176,7 +176,7 @@ def test_notes_name_photos_that_are_scaled_up_and_prompts_that_are_cut(
     picture = Image.open(next(iter(sorted(photos.glob("*"))))).convert("RGB")
     picture.resize((80, 40)).save(folder / "small.png")
     picture.resize((64, 64)).save(folder / "fits.png")
-    (folder / "fits.txt").write_text(" ".join(["red"] * 22 + ["shiny"] * 2))
+    (folder / "fits.txt").write_text(" ".join(["{subject}"] + ["red"] * 20 + ["shiny"] * 2))
     settings = {"photos.folder": str(folder), "stage.0.steps": 1}
     _, text = run(make_config(**settings))
     notes = [line for line in text.splitlines() if line.startswith("note: ")]

@@ -158,7 +158,9 @@ def _check(
 
 @torch.library.custom_op("fastppt_kernels::attention", mutates_args=())
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return attend(query, key, value, scale)
+    # On a GPU autocast would cast what flash attention is given, and so its output.
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(query, key, value, scale)
 
 
 @torch.library.custom_op("fastppt_kernels::attention_backward", mutates_args=())
