@@ -1,8 +1,9 @@
 """The one command for a machine with a GPU: ``python -m bench.gpu --out bench/results``.
 
-The gpu-marked tests first; a red one stops the report. Then the ops, the optimizer and whole steps
-against what a trainer would write, on the GPU, until the time is up; what no longer fits is listed
-as not measured. One JSON is left, written anew after every workload.
+The gpu-marked tests first; after a red one nothing is measured, unless that is asked for. Then the
+ops, the optimizer and whole steps against what a trainer would write, on the GPU, until the time is
+up; what no longer fits is listed as not measured. One JSON is left, written anew after every
+workload. If the tests were not green its name begins with "red-", and no table is made from it.
 """
 
 import argparse
@@ -10,11 +11,10 @@ import gc
 import importlib.util
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ from bench.suites import (
     Suite,
     list_workload,
 )
+from bench.time_limit import OutOfTimeError, at_most
 from bench.ways import Way
 
 TOTAL_SECONDS = 510.0
@@ -105,8 +106,10 @@ class Plan:
         """Return in which of the modes it is run."""
         return modes
 
-    def time(self, mode: str, device: str, copy_gb_per_s: float) -> tuple[list[Row], list[Row]]:
-        """Return the rows, and the refusals of what disagrees."""
+    def time(
+        self, mode: str, device: str, copy_gb_per_s: float, seconds: float
+    ) -> tuple[list[Row], list[Row]]:
+        """Return the rows, and the refusals of what disagrees; all or nothing in ``seconds``."""
         return time_workload(
             self.suite,
             list_workload(self.workload),
@@ -186,10 +189,6 @@ def list_plans() -> tuple[Plan | StepPlan, ...]:
     return (*wanted, *FIRST_PLANS, *others, *rest, *LAST_PLANS)
 
 
-class OutOfTimeError(Exception):
-    """The time for one workload is up."""
-
-
 # What a slower or smaller GPU may meet, and what is no fault.
 TOO_LARGE = (OutOfTimeError, torch.OutOfMemoryError)
 
@@ -199,6 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it")
+    parser.add_argument(
+        "--even-if-red", action="store_true", help="measure although the GPU tests are not green"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("bench.gpu: unset TRITON_INTERPRET, which runs no kernel on a GPU", file=sys.stderr)
@@ -211,25 +213,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     end = time.monotonic() + options.seconds
+    # Before the tests: what cannot be imported is known at once.
+    plans = list_plans()
     tests = run_gpu_tests(min(TEST_SECONDS, options.seconds / 2))
     print(f"gpu tests ({tests['folder']}): {tests['passed']} passed, {tests['failed']} failed")
-    if tests["stop"]:
-        print(f"{tests['output']}\nbench.gpu: {tests['stop']}: nothing is measured")
-        return 1
     machine = describe_machine("cuda")
     name = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
-    path = options.out / f"gpu-{name}-{machine['date']}.json"
-    report = {
-        "machine": machine,
-        "copy gb/s": copy_bandwidth("cuda"),
-        "tests": {key: tests[key] for key in ("folder", "passed", "failed", "skipped", "seconds")},
-    }
-    report = measure(list_plans(), report, path, end)
+    file_name = f"gpu-{name}-{machine['date']}.json"
+    if tests["stop"]:
+        path = options.out / f"red-{file_name}"
+        print(f"{tests['output']}\nbench.gpu: {tests['stop']}")
+    else:
+        path = options.out / file_name
+        tests = {key: value for key, value in tests.items() if key != "output"}
+    report = {"machine": machine, "tests": tests}
+    write_report(path, report)
+    if tests["stop"] and not options.even_if_red:
+        print(f"nothing is measured without --even-if-red; written: {path}")
+        return 1
+    report = measure(plans, report | {"copy gb/s": copy_bandwidth("cuda")}, path, end)
     print_targets(report["targets"])
     for row in [*report["refused"], *report["not measured"]]:
         print(f"  {row}")
     print(f"written: {path}")
-    return 1 if report["refused"] or any(r["failed"] for r in report["not measured"]) else 0
+    failed = any(entry["failed"] for entry in report["not measured"])
+    return 1 if tests["stop"] or report["refused"] or failed else 0
 
 
 def measure(
@@ -256,12 +264,15 @@ def measure(
             if left >= plan.least_seconds:
                 print(f"{plan}, {mode}")
                 try:
-                    with at_most(min(left, plan.most_seconds)):
+                    seconds = min(left, plan.most_seconds)
+                    with at_most(seconds):
                         free_memory(device)
-                        timed, refusals = plan.time(mode, device, report["copy gb/s"])
+                        timed, refusals = plan.time(mode, device, report["copy gb/s"], seconds)
                 # Whatever one workload dies of, the others are still worth their time, and the
                 # report names it.
                 except Exception as error:
+                    if not isinstance(error, TOO_LARGE):
+                        traceback.print_exc()
                     why = f"{type(error).__name__}: {error}".splitlines()[0]
                     entry |= {"why": why, "failed": not isinstance(error, TOO_LARGE)}
                     print(f"  not measured: {why}")
@@ -339,23 +350,6 @@ def _list_attention_targets(rows: Sequence[Row]) -> list[Row]:
             f"{what}extra memory over one float32 map set, at most", 0.25, share, at_most=True
         ),
     ]
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise OutOfTimeError in the block once the seconds are over: a compile asks nobody."""
-
-    def stop(signal_number: int, frame: object) -> None:
-        raise OutOfTimeError("the time was up")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    # Again each second: an exception that is raised inside a destructor goes no further.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

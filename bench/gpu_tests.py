@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from bench.rows import Row
 
 # What tests/conftest.py imports beside torch. Without them only the kernels can be tested.
 TRAINER_NEEDS = ("diffusers", "transformers", "pydantic", "tomli_w", "PIL", "safetensors")
+
+# Tests wait for compilers most of the time, and what they put on the GPU is small.
+NUM_PROCESSES = 4
 
 
 def run_gpu_tests(seconds: float) -> Row:
@@ -28,20 +32,9 @@ def run_gpu_tests(seconds: float) -> Row:
         counts_file = Path(scratch) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--junitxml={counts_file}", *cut, folder]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                timeout=seconds,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            code, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as expired:
-            shown = expired.stdout or b""
-            code, output = None, shown if isinstance(shown, str) else shown.decode()
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(NUM_PROCESSES), "--dist", "load"]
+        code, output = run_within(command, seconds, environment)
         counts = count_tests(counts_file)
     if code is None:
         stop = f"the gpu tests took more than {seconds:.0f} s"
@@ -53,6 +46,32 @@ def run_gpu_tests(seconds: float) -> Row:
         )
     seconds_taken = time.monotonic() - start
     return counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
+
+
+def run_within(
+    command: list[str], seconds: float, environment: dict[str, str]
+) -> tuple[int | None, str]:
+    """Run a command at the top of the repository, and stop it with all it started when time is up.
+
+    Returns:
+        Its exit code, None if the time was up; and what it and its processes printed until then.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return None, output
+    return process.returncode, output
 
 
 def count_tests(path: Path) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 Re-enacted from diffusers' and peft's public interfaces after ``train_dreambooth_lora.py``,
 ``train_dreambooth_lora_sdxl.py`` and ``train_dreambooth_lora_sd3.py`` with their defaults, which
-encode the photos anew in each step (the first also the prompt). What accelerate, the data loader's
-collation of text and the progress bar cost on top is left out, in the peer's favour.
+encode the photos anew in each step (the first also the prompt). Rank, targets and precision are
+ours: in bfloat16 they cast all weights, the adapters' too, and run the network under autocast. What
+accelerate, the data loader's collation of text and the progress bar cost on top is left out, in the
+peer's favour.
 
 Shape legend: B batch, P photos, N prompts, C latent channels, h and w latent height and width.
 """
@@ -38,7 +40,7 @@ class Subject:
     Attributes:
         family: "sd", "sdxl" or "sd3".
         pipeline: The pretrained model. Its network is not used: each trainer has one of its own.
-        dtype: Of the network; the VAE's is its own.
+        dtype: Of the network; the VAE, which is the peer's to cast, has its own.
         pixels: [P, 3, H, W] float32 on the host, in [-1, 1].
         sizes: What SDXL is told of each photo: original height and width, crop top and left.
         embeddings: Two rows: subject prompt and class prompt.
@@ -82,6 +84,9 @@ class DiffusersStep:
         precondition: bool = True,
     ) -> None:
         self.subject, self.network = subject, network
+        if subject.family == "sd":
+            # The others' scripts keep the VAE in float32.
+            subject.pipeline.vae.to(subject.dtype)
         self.batch_size, self.prior, self.precondition = batch_size, prior, precondition
         rank = pairs[0].down.shape[0]
         network.requires_grad_(False).train()

@@ -131,9 +131,11 @@ def print_targets(targets: Sequence[Row]) -> None:
 
 
 def write_report(path: Path, report: Row) -> None:
-    """Write JSON whose numbers have four digits: more are noise."""
+    """Write JSON whose numbers have four digits: more are noise. A file is never half a report."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(report), indent=1) + "\n")
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(_rounded(report), indent=1) + "\n")
+    unfinished.replace(path)
 
 
 class _ProblemSet:

@@ -11,7 +11,9 @@ import math
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from bench.step_ways import (
     make_peer,
     open_source,
 )
+from bench.time_limit import OutOfTimeError, at_most
 from bench.ways import Way
 from fastppt.errors import UserError
 from fastppt.mini import draw_demo_photos
@@ -54,6 +57,8 @@ from fastppt.training.engine import engines
 # Steps that a turn queues on a GPU, as a run does between two looks at the metrics.
 STEPS_A_TURN = 4
 SECONDS = 10.0
+# Part of the time of one workload in which its ways are made; the rest is for timing them.
+MAKING = 0.7
 
 # Relative errors up to which a time is reported: of the first steps' losses and gradient norms,
 # and of the peer's gradients. In bfloat16 those of full-size SDXL differ by 0.03 between ours and
@@ -86,8 +91,11 @@ def time_steps(
     device: str,
     seconds: float = SECONDS,
     dtype: torch.dtype | None = None,
+    most_seconds: float | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Return a row for each way whose steps are right, and the refusals of the others.
+
+    Whatever one way dies of, the others are timed.
 
     Args:
         work: What is trained.
@@ -96,7 +104,10 @@ def time_steps(
         device: "cpu" or "cuda".
         seconds: About what the timed rounds may take.
         dtype: Of the network; None for the trainer's default on the device.
+        most_seconds: Of these, `MAKING` is for making the ways; those not made by then are refused.
+            None is no limit.
     """
+    end = None if most_seconds is None else time.monotonic() + MAKING * most_seconds
     source = open_source(work, device, photos, dtype)
     bench, roof = _Bench(source, device), product_speed(device, source.dtype)
     rows: list[Row] = []
@@ -106,9 +117,13 @@ def time_steps(
     for way in ways:
         label = bench.label(way)
         try:
-            call, costs = bench.make(way)
-        except (DisagreementError, UserError) as error:
+            call, costs = _make_until(end, bench, way)
+        except (DisagreementError, OutOfTimeError, UserError) as error:
             refusals.append(label | {"refused": str(error)})
+            continue
+        except Exception as error:
+            traceback.print_exc()
+            refusals.append(label | {"refused": f"{type(error).__name__}: {error}".splitlines()[0]})
             continue
         turns[str(way)] = _repeated(call, laps)
         rows.append(label | costs)
@@ -256,6 +271,14 @@ class _Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def _make_until(end: float | None, bench: _Bench, way: StepWay) -> tuple[Call, Row]:
+    left = None if end is None else end - time.monotonic()
+    if left is not None and left <= 0:
+        raise OutOfTimeError("the time was up")
+    with nullcontext() if left is None else at_most(left):
+        return bench.make(way)
 
 
 def _repeated(call: Call, times: int) -> Call:

@@ -11,6 +11,7 @@ from bench.gpu import Plan, list_targets, measure
 from bench.step_plans import StepPlan
 from bench.step_ways import BASE_PASS, MODELS, NETWORK, PEERS, RECIPES
 from bench.suites import ANCHOR, COMPILE, OPTIMIZER, Suite, Workload
+from bench.tables import write_tables
 from bench.ways import Way
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -98,7 +99,7 @@ def test_a_failing_workload_is_named_and_the_next_is_measured(
     assert {row["suite"] for row in report["rows"]} == {"anchor"}
 
 
-def run_main(monkeypatch, tmp_path, tests=GREEN, refused=(), not_measured=()):
+def run_main(monkeypatch, tmp_path, *options, tests=GREEN, refused=(), not_measured=()):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run_gpu_tests", lambda seconds: tests)
     machine = {"gpu": "NVIDIA H200", "date": "2030-01-02"}
@@ -112,7 +113,7 @@ def run_main(monkeypatch, tmp_path, tests=GREEN, refused=(), not_measured=()):
         return report | results | {"not measured": list(not_measured)}
 
     monkeypatch.setattr(gpu, "measure", fake_measure)
-    return gpu.main(["--out", str(tmp_path)]), paths
+    return gpu.main(["--out", str(tmp_path), *options]), paths
 
 
 def test_the_file_is_named_after_gpu_and_date(monkeypatch, tmp_path):
@@ -127,6 +128,29 @@ def test_a_red_test_stops_the_report(monkeypatch, tmp_path, capsys):
     assert (code, paths) == (1, [])
     shown = capsys.readouterr().out
     assert "assert 1 == 2" in shown and "nothing is measured" in shown
+    (path,) = tmp_path.iterdir()
+    assert path.name == "red-gpu-nvidia-h200-2030-01-02.json"
+    assert json.loads(path.read_text())["tests"] == red
+
+
+def test_a_red_report_is_measured_when_asked_for_and_no_table_is_made_from_it(
+    monkeypatch, tmp_path
+):
+    unmade = write_tables(tmp_path)
+    red = GREEN | {"stop": "the gpu tests took more than 3 s"}
+    code, (path,) = run_main(monkeypatch, tmp_path, "--even-if-red", tests=red)
+    assert code == 1
+    assert path == tmp_path / "red-gpu-nvidia-h200-2030-01-02.json"
+    assert path.exists() and write_tables(tmp_path) == unmade
+
+
+def test_what_cannot_be_imported_is_known_before_the_tests_run(monkeypatch, tmp_path):
+    def fail():
+        raise ImportError("no such name")
+
+    monkeypatch.setattr(gpu, "list_plans", fail)
+    with pytest.raises(ImportError):
+        run_main(monkeypatch, tmp_path, tests=None)
 
 
 @pytest.mark.parametrize(

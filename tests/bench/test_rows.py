@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +217,18 @@ def test_compiled_ways_are_left_out_unless_asked_for():
     for suite in SUITES:
         assert not any(n.startswith(suites.COMPILE) for n in suite.ways(compiled=False))
         assert suite.ways(compiled=True) == list(suite.makers)
+
+
+def test_a_report_that_is_cut_off_leaves_the_one_before(monkeypatch, tmp_path):
+    path = tmp_path / "report.json"
+    write_report(path, {"rows": [1]})
+    whole = Path.write_text
+
+    def write_a_part(path, text):
+        whole(path, text[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write_a_part)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(path, {"rows": [1, 2]})
+    assert json.loads(path.read_text()) == {"rows": [1]}

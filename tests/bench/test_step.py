@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bench.step_rows import (
     print_steps,
 )
 from bench.step_ways import BASE_PASS, NETWORK, PEERS, RECIPES, Work
+from bench.time_limit import at_most
 
 PEER_NAME, CACHED_NAME = list(PEERS)[:2]
 WAYS = [
@@ -98,6 +100,43 @@ def test_a_loss_that_is_not_finite_is_refused(monkeypatch, time_mini):
     monkeypatch.setattr(step_bench, "check_peer", lambda *a: check(*a) | {"loss": math.nan})
     rows, refusals = time_mini([StepWay("lora"), StepWay(CACHED_NAME)])
     assert len(rows) == len(refusals) == 1
+
+
+def replace_peer(monkeypatch, make):
+    """Make a way of another kind fail or wait."""
+    whole = step_bench._Bench.make
+    monkeypatch.setattr(
+        step_bench._Bench,
+        "make",
+        lambda bench, way: make() if way.recipe in PEERS else whole(bench, way),
+    )
+
+
+def test_a_way_that_dies_is_named_and_the_others_are_timed(monkeypatch, time_mini):
+    def fail():
+        raise RuntimeError("illegal memory access\nmore")
+
+    replace_peer(monkeypatch, fail)
+    rows, refusals = time_mini([StepWay(PEER_NAME), StepWay("lora")])
+    assert [row["recipe"] for row in rows] == ["lora"] and rows[0]["p50 ms"] > 0
+    assert [row["refused"] for row in refusals] == ["RuntimeError: illegal memory access"]
+
+
+def test_ways_made_before_the_time_is_up_are_timed(monkeypatch, photos):
+    ways = [StepWay("lora"), StepWay(CACHED_NAME), StepWay(BASE_PASS)]
+    replace_peer(monkeypatch, lambda: time.sleep(60))
+    start = time.monotonic()
+    with at_most(30):
+        rows, refusals = time_steps(
+            *(Work("mini-sdxl", rank=4), ways, photos),
+            device="cpu",
+            seconds=0.01,
+            most_seconds=20,
+        )
+    assert time.monotonic() - start < 20
+    assert [row["recipe"] for row in rows] == ["lora"] and rows[0]["p50 ms"] > 0
+    assert [row["recipe"] for row in refusals] == [CACHED_NAME, BASE_PASS]
+    assert {row["refused"] for row in refusals} == {"the time was up"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -15,6 +15,7 @@ from bench.step_ways import (
 MINI_MODELS = ("mini-sd", "mini-sdxl", "mini-sd3")
 # Families round the VAE's scale to float32.
 EXACT = 1e-7
+NEVER_NARROW = [("mini-sdxl", torch.float32), ("mini-sd3", torch.float32)]
 
 
 @pytest.fixture
@@ -102,3 +103,12 @@ def test_the_network_alone_goes_back_to_its_first_attention_and_no_further(open_
     assert count_flops(alone) < to_attention < to_latents
     assert to_attention < count_flops(ours.gradients)
     assert all(parameter.grad is None for parameter in alone.family.network.parameters())
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("mini-sd", torch.bfloat16), *NEVER_NARROW])
+def test_vae_and_adapters_have_the_types_that_the_script_gives_them(open_model, model, dtype):
+    source, ours = open_model(model, torch.bfloat16, batch_size=1)
+    peer = make_peer(source, ours)
+    assert peer.subject.pipeline.vae.dtype == dtype
+    assert {parameter.dtype for parameter in peer.parameters} == {torch.bfloat16}
+    assert max(check_peer(peer, ours).values()) < 0.2
