@@ -80,10 +80,10 @@ class AnchoredAdamW(Optimizer):
     A parameter without a gradient is left out, as in torch; so is a pair without both gradients.
     A step reads nothing on the host, and on a GPU can be captured in a CUDA graph once it has
     been taken before, with gradients that stay in place (``zero_grad(set_to_none=False)``).
-    Float options are kept on the device and rewritten there when they change; a graph holds those
-    of its capture. State is made with the group. Anchors are part of the state_dict, or a resumed
-    run would be held at the values it resumed from; ``load_state_dict`` writes into the state's
-    tensors where they are.
+    Float options are kept on the device; a step that finds one changed rewrites it there, but a
+    replay does not look, so what is to change between replays is given as a tensor. State is made
+    with the group. Anchors are part of the state_dict, or a resumed run would be held at the values
+    it resumed from; ``load_state_dict`` writes into the state's tensors where they are.
     What ``.grad`` holds after a step is not part of the contract.
 
     Launches on a GPU: two for each group and one for all, whatever the number of tensors, after
