@@ -20,7 +20,8 @@ from bench.problems import DisagreementError
 from bench.rows import Row, write_report
 from fastppt.config_io import build_config
 from fastppt.mini import draw_demo_photos
-from fastppt.training.loop import RunResult, train
+from fastppt.training.loop import train
+from fastppt.training.run import RunResult
 
 ROUNDS = 5
 # The steps after the first: a multiple of every `base_every` and `refresh_every` below.

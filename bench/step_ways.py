@@ -23,10 +23,12 @@ from fastppt.families.loading import make_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.mini import build_mini
 from fastppt.objectives.denoising import denoising_losses
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.engine import prepare_engine
-from fastppt.training.loop import build_adapters, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.runners import make_runner
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Draws, accumulate_gradients, draw, make_batch, metric_names
@@ -156,7 +158,7 @@ class TrainerStep:
         self.config: RunConfig = resolve(config, self.family)
         (self.stage,) = self.config.stage
         precise = torch.promote_types(source.dtype, torch.float32)
-        self.adapters = build_adapters(self.config, self.family, precise)
+        self.trainables = build_trainables(self.config, self.family, precise)
         prepare_engine(self.config.engine, self.config.compile_scope, self.family)
         photos = find_photos(source.photos)
         buckets, _ = encode(self.config, self.family, photos, Console(quiet=True))
@@ -164,7 +166,7 @@ class TrainerStep:
         self.ring = MetricRing(names, CHECKED_STEPS, self.family.device)
         generator = new_generator(self.config, self.family)
         (self.step,) = steps = build_steps(
-            self.config, self.stage, self.family, self.adapters, buckets, self.ring, generator
+            self.config, self.stage, self.family, self.trainables, buckets, self.ring, generator
         )
         self.runner = make_runner(self.config.engine, steps)
         self.number = 0
@@ -197,20 +199,20 @@ class TrainerStep:
     def set_ups(self, size: float) -> None:
         """Draw the up-projections, normally distributed, from a seed."""
         generator = torch.Generator().manual_seed(0)
-        for pair in self.adapters.pairs:
+        for pair in self.trainables.lora.pairs:
             pair.up.copy_(size * torch.randn(pair.up.shape, generator=generator))
-        self.adapters.refresh()
+        self.trainables.lora.refresh()
 
     def gradients(self) -> tuple[Tensor, list[Tensor]]:
         """Return a pass's loss, and its gradients of each pair's down and up; leaves none."""
         accumulate_gradients(self.step)
-        loss, grad = self.step.losses[0].clone(), self.adapters.arena.grad
+        loss, grad = self.step.losses[0].clone(), self.trainables.lora.arena.grad
         flat = grad.clone()
         grad.zero_()
         self.step.losses.zero_()
         found = [
             flat.as_strided(part.shape, part.stride(), part.storage_offset())
-            for pair in self.adapters.pairs
+            for pair in self.trainables.lora.pairs
             for part in (pair.down, pair.up)
         ]
         return loss, found
@@ -257,7 +259,7 @@ def make_peer(source: Source, ours: TrainerStep, **options: bool) -> DiffusersSt
     family = source.make_family()
     subject = ours.subject(source, family)
     return DiffusersStep(
-        subject, family.network, ours.adapters.pairs, ours.stage.batch_size, **options
+        subject, family.network, ours.trainables.lora.pairs, ours.stage.batch_size, **options
     )
 
 
@@ -269,14 +271,14 @@ def check_peer(peer: DiffusersStep, ours: TrainerStep) -> dict[str, float]:
     given the subject's half again, nor preconditioned outputs. Afterwards the adapters are new.
     """
     ours.set_ups(CHECKED_UP)
-    peer.load(ours.adapters.pairs)
+    peer.load(ours.trainables.lora.pairs)
     kept = peer.precondition, peer.rows
     peer.precondition, peer.rows = False, [0 for _ in peer.rows]
     draws, times = ours.draw(), len(peer.rows)
     wanted_loss, wanted = ours.gradients()
     loss = peer.loss(draws.photos.tolist() * times, _repeat(draws, times))
     loss.backward()
-    found = peer.gradients(ours.adapters.pairs)
+    found = peer.gradients(ours.trainables.lora.pairs)
     errors = {
         "loss": abs(float(loss.detach()) / times / float(wanted_loss) - 1),
         "gradients": _distance(found, wanted, times),
@@ -284,7 +286,7 @@ def check_peer(peer: DiffusersStep, ours: TrainerStep) -> dict[str, float]:
     peer.optimizer.zero_grad()
     peer.precondition, peer.rows = kept
     ours.set_ups(0.0)
-    peer.load(ours.adapters.pairs)
+    peer.load(ours.trainables.lora.pairs)
     return errors
 
 

@@ -23,7 +23,7 @@ from fastppt.errors import UserError
 from fastppt.machine import peak_host_memory, size_in_words
 
 if TYPE_CHECKING:
-    from fastppt.training.loop import RunResult
+    from fastppt.training.run import RunResult
 
 app = typer.Typer(
     add_completion=False,

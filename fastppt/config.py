@@ -66,6 +66,9 @@ class PhotosConfig(Section):
 
     folder: FilePath | None = None
     """Folder with the .jpg .jpeg .png .webp photos of the subject (required)."""
+    captions: FilePath | None = None
+    """TOML file of captions, `"photo.jpg" = "{subject} on a chair"`; unset takes captions.toml of
+    the folder, and each photo's own .txt file."""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which photos are scaled (short side) and centre-cropped; unset takes
     the model's own."""
@@ -90,9 +93,11 @@ class PromptsConfig(Section):
     class_noun: Annotated[str, Field(min_length=1)] | None = None
     """Everyday noun of what the photos show, such as `dog` (required)."""
     token: Annotated[str, Field(min_length=1)] = "sks"
-    """Rare word that comes to stand for the subject."""
+    """Rare word that comes to stand for the subject; where tokens are trained, the new word."""
+    subject: Annotated[str, Field(pattern=r"\{token\}")] = "{token} {class_noun}"
+    """What {subject} stands for in prompts and captions."""
     template: Annotated[str, Field(pattern=r"\{subject\}")] = "a photo of {subject}"
-    """Prompt of a photo without a caption of its own; {subject} is `token class_noun`."""
+    """Prompt of a photo without a caption of its own."""
     class_prompt: Annotated[str, Field(pattern=r"\{class_noun\}")] = "a photo of a {class_noun}"
     """Prompt of the plain class, as the base model knows it."""
     contexts: Annotated[list[str], Field(min_length=1)] = [
@@ -143,10 +148,43 @@ class LoraConfig(Section):
         raise ValueError(f'must be "up" or a list of patterns, got {targets!r}')
 
 
+class TextEncoderLoraConfig(Section):
+    """Low-rank adapters on the attention projections of the CLIP text encoders."""
+
+    rank: Annotated[int, Field(ge=1)] = 32
+    """Inner dimension of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
+    learning_rate: Annotated[float, Field(ge=0)] = 5e-6
+    """Learning rate of these adapters."""
+
+
+class TokensConfig(Section):
+    """Embeddings of a new word, learned in every CLIP text encoder (Textual Inversion, arXiv
+    2208.01618).
+    """
+
+    vectors: Annotated[int, Field(ge=1)] = 1
+    """Embeddings that the word is made of."""
+    init: Annotated[str, Field(min_length=1)] | None = None
+    """Words whose embeddings the new ones start from; unset takes the class noun."""
+    learning_rate: Annotated[float, Field(ge=0)] = 5e-4
+    """Learning rate of the embeddings."""
+    keep_norm: bool = False
+    """Scale each embedding back to the length it began with, after every step."""
+
+
 class TrainablesConfig(Section):
     """What moves in a stage."""
 
     lora: LoraConfig | None = None
+    text_encoder_lora: TextEncoderLoraConfig | None = None
+    tokens: TokensConfig | None = None
+
+    @property
+    def move_text(self) -> bool:
+        """Say whether what a prompt is encoded to changes during training."""
+        return self.text_encoder_lora is not None or self.tokens is not None
 
 
 class DenoisingConfig(Section):
@@ -311,7 +349,12 @@ class RunConfig(Section):
     sample_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two sample grids; 0 draws them before and after only."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two checkpoints; 0 keeps one at the end only."""
+    """Steps between two checkpoints; 0 writes one only where a run is interrupted."""
+    keep_checkpoints: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints that are kept, the newest ones; 0 keeps all."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 20
+    """Steps in a row whose loss or gradient is not finite, after which the run stops. Such a step
+    changes no parameter."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the tensors in the LoRA files; fp32 keeps what was trained, bit for bit."""
     tensorboard: bool = False
@@ -354,6 +397,13 @@ class RunConfig(Section):
     def _check_stages(self) -> RunConfig:
         first = self.stage[0].trainables.lora
         for index, stage in enumerate(self.stage[1:], start=1):
+            for kind in ("text_encoder_lora", "tokens"):
+                if (getattr(stage.trainables, kind) is None) != (
+                    getattr(self.stage[0].trainables, kind) is None
+                ):
+                    raise ValueError(
+                        f"stage.{index}.trainables.{kind}: must be there in all stages or in none"
+                    )
             lora = stage.trainables.lora
             if first is None or lora is None:
                 continue

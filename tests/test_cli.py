@@ -19,7 +19,7 @@ from fastppt.cli import app
 from fastppt.config_io import build_config
 from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.outputs.folder import RunFolder
-from fastppt.training.loop import RunResult
+from fastppt.training.run import RunResult
 
 
 def run(*arguments: object) -> Result:

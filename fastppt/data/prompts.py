@@ -64,8 +64,9 @@ class PromptBank:
 
 
 def subject_words(prompts: PromptsConfig) -> str:
-    """Return what {subject} stands for: the token and the class noun."""
-    return f"{prompts.token} {prompts.class_noun}"
+    """Return what {subject} stands for, such as the token and the class noun."""
+    words = prompts.subject.replace("{class_noun}", str(prompts.class_noun))
+    return words.replace("{token}", prompts.token)
 
 
 def subject_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:

@@ -7,12 +7,27 @@ Its gradient enters inside the optimizer, before clipping, so that a step reads 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from fastppt.config import AnchorConfig
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import LORA, Trainables
+
+
+def anchored_groups(
+    trainables: Trainables, learning_rates: Mapping[str, Tensor], anchor: AnchorConfig | None
+) -> list[dict[str, Any]]:
+    """Return the `AnchoredAdamW` parameter groups that train all that moves, and hold it.
+
+    Args:
+        trainables: Each is a group of its own.
+        learning_rates: 0-dim tensors on the device, by the name of the trainable.
+        anchor: Weight, form and place of the anchor; None for no anchor.
+    """
+    return [anchored_group(trainables.lora, learning_rates[LORA], anchor)]
 
 
 def anchored_group(

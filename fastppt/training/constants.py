@@ -91,6 +91,8 @@ def _readers(prefix: str, owner: object) -> Iterator[tuple[str, Reader]]:
             continue
         if value is None or isinstance(value, Tensor | bool | int | float | str):
             yield f"{prefix}{name}", partial(getattr, owner, name)
+        elif isinstance(value, dict):
+            yield from ((f"{prefix}{name}.{key}", partial(getitem, value, key)) for key in value)
         elif type(value).__module__.startswith("fastppt."):
             yield from _readers(f"{prefix}{name}.", value)
 

@@ -24,8 +24,8 @@ from fastppt.data.prompts import encode_prompt_bank, quiet_truncation, sample_pr
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.loading import resolve_resolution
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.live_bytes import LiveBytes
-from fastppt.training.loop import build_adapters
 from fastppt.training.ring import MetricRing
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Step, accumulate_gradients, metric_names
@@ -109,10 +109,10 @@ class _Rehearsal:
         self.resolution = resolve_resolution(config.photos.resolution, family)
         self.counter = LiveBytes(family.device)
         self.weights = family.weight_bytes()
-        self.adapters = build_adapters(config, family)
+        self.trainables = build_trainables(config, family)
         if config.gradient_checkpointing:
             family.checkpoint_blocks()
-        self.held = self.weights["network"] + sum(_arena_bytes(self.adapters).values())
+        self.held = self.weights["network"] + sum(_arena_bytes(self.trainables.lora).values())
 
     def encode(self) -> int:
         """Encode prompts and a photo; returns the most bytes at a time."""
@@ -151,7 +151,7 @@ class _Rehearsal:
                 family.device,
             )
             (step,) = build_steps(
-                config, stage, family, self.adapters, [self.bucket], ring, torch.Generator()
+                config, stage, family, self.trainables, [self.bucket], ring, torch.Generator()
             )
             before = counter.peak = counter.live
             with counter.kept_for_backward():
@@ -184,7 +184,7 @@ class _Rehearsal:
             "latents": self.bucket.latents.num_bytes,
             "prompts": _prompt_bytes([self.bucket.prompts.embeddings, *self.sheet]),
         }
-        lasting = {"network": self.weights["network"], **_arena_bytes(self.adapters), **seen}
+        lasting = {"network": self.weights["network"], **_arena_bytes(self.trainables.lora), **seen}
         lasting["tables and metrics"] = counted - sum(seen.values())
         if self.config.photos.refresh_every:
             latents = self.bucket.latents

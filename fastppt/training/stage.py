@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fastppt.config import ObjectivesConfig, RunConfig, StageConfig
+from fastppt.config import ObjectivesConfig, RunConfig, StageConfig, TrainablesConfig
 from fastppt.data.buckets import Bucket
 from fastppt.families.attention import TextAttention
 from fastppt.families.base import Family
-from fastppt.objectives.anchor import anchored_group
+from fastppt.objectives.anchor import anchored_groups
 from fastppt.objectives.attention_alignment import AttentionAlignment, aligned_attentions
 from fastppt.objectives.denoising import Indicator
 from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
-from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.ring import MetricRing
 from fastppt.training.step import Step, loss_names
@@ -26,17 +26,19 @@ def build_steps(
     config: RunConfig,
     stage: StageConfig,
     family: Family,
-    adapters: LoraAdapters,
+    trainables: Trainables,
     buckets: Sequence[Bucket],
     ring: MetricRing,
     generator: torch.Generator,
 ) -> list[Step]:
     """Make everything that the steps of a stage read and write; one step a bucket."""
-    like = adapters.arena.flat
-    learning_rate = torch.zeros((), device=like.device, dtype=like.dtype)
+    like = trainables.lora.arena.flat
+    rates = {
+        name: torch.zeros((), device=like.device, dtype=like.dtype) for name in trainables.arenas
+    }
     settings = stage.optimizer
     optimizer = AnchoredAdamW(
-        [anchored_group(adapters, learning_rate, stage.objectives.anchor)],
+        anchored_groups(trainables, rates, stage.objectives.anchor),
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
@@ -59,12 +61,12 @@ def build_steps(
             stage=stage,
             latents=bucket.latents,
             prompts=bucket.prompts,
-            switch=adapters.switch,
+            switch=trainables.switch,
             indicator=indicator,
             feature_alignment=feature_alignment,
             attention_alignment=attention_alignment,
             optimizer=optimizer,
-            learning_rate=learning_rate,
+            learning_rates=rates,
             generator=generator,
             ring=ring,
             loss_scale=loss_scale,
@@ -72,6 +74,12 @@ def build_steps(
         )
         for bucket in buckets
     ]
+
+
+def learning_rates(stage: StageConfig) -> dict[str, float]:
+    """Return the learning rate of each trainable of a stage, before schedule and warm-up."""
+    trained = {name: getattr(stage.trainables, name) for name in TrainablesConfig.model_fields}
+    return {name: one.learning_rate for name, one in trained.items() if one is not None}
 
 
 def layers_to_align(

@@ -8,7 +8,7 @@ Shape legend: B batch, C latent channels, h and w latent height and width, S siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.objectives.attention_alignment import AttentionAlignment
 from fastppt.objectives.denoising import Indicator, denoising_losses
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.trainables.trainables import LORA
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.ring import MetricRing
 from fastppt_kernels import AnchoredAdamW
@@ -80,7 +81,8 @@ class Step:
     Attributes:
         switch: Turns the adapters off for a base pass.
         indicator: Of adaptive weighting; None without it. Likewise the alignments.
-        learning_rate: 0-dim tensor on the device, also the optimizer's; the loop writes it.
+        learning_rates: 0-dim tensors on the device by the name of the trainable, also the
+            optimizer's; the loop writes them.
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
         losses: One number for each of `loss_names`, averaged over the passes of the step so far.
@@ -95,11 +97,16 @@ class Step:
     feature_alignment: FeatureAlignment | None
     attention_alignment: AttentionAlignment | None
     optimizer: AnchoredAdamW
-    learning_rate: Tensor
+    learning_rates: Mapping[str, Tensor]
     generator: torch.Generator
     ring: MetricRing
     loss_scale: LossScale | None
     losses: Tensor
+
+    @property
+    def learning_rate(self) -> Tensor:
+        """The learning rate of the network's trainable: the one that metrics show."""
+        return self.learning_rates[LORA]
 
 
 def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:

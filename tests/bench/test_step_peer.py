@@ -64,9 +64,9 @@ def test_a_checked_peer_starts_with_new_adapters_and_our_options(open_model):
     peer = make_peer(source, ours, prior=True)
     check_peer(peer, ours)
     assert peer.precondition and peer.rows == [0, 1]
-    assert all(float(pair.up.abs().sum()) == 0 for pair in ours.adapters.pairs)
+    assert all(float(pair.up.abs().sum()) == 0 for pair in ours.trainables.lora.pairs)
     assert all(parameter.grad is None for parameter in peer.parameters)
-    for pair in ours.adapters.pairs:
+    for pair in ours.trainables.lora.pairs:
         layer = peer.network.get_submodule(pair.name)
         assert float(layer.lora_B["default"].weight.detach().abs().sum()) == 0
 
@@ -75,11 +75,11 @@ def test_a_step_of_the_peer_moves_all_its_adapters(open_model):
     source, ours = open_model("mini-sd3", torch.float32)
     peer = make_peer(source, ours, prior=True)
     ours.set_ups(0.02)
-    peer.load(ours.adapters.pairs)
+    peer.load(ours.trainables.lora.pairs)
     before = [parameter.detach().clone() for parameter in peer.parameters]
     assert isinstance(peer(), float)
     moved = [not torch.equal(*pair) for pair in zip(before, peer.parameters, strict=True)]
-    assert all(moved) and len(moved) == 2 * len(ours.adapters.pairs)
+    assert all(moved) and len(moved) == 2 * len(ours.trainables.lora.pairs)
     assert all(parameter.grad is None for parameter in peer.parameters)
 
 

@@ -23,7 +23,8 @@ from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
-from fastppt.training.loop import RunResult, train
+from fastppt.training.loop import train
+from fastppt.training.run import RunResult
 
 MakeConfig = Callable[..., RunConfig]
 SEED = 11

@@ -18,7 +18,7 @@ from fastppt.families.loading import load_family
 from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
 from fastppt.objectives.anchor import anchored_group
 from fastppt.trainables.lora import LoraAdapters
-from fastppt.training.loop import build_adapters
+from fastppt.training.build import build_trainables
 from fastppt_kernels import AnchoredAdamW
 
 ALL = ["*.to_q", "*.to_k", "*.to_v", "*.to_out.0"]
@@ -246,7 +246,8 @@ def test_up_takes_the_second_half_of_the_network(
 ) -> None:
     config = make_config(**{"stage.0.trainables.lora.targets": "up", "model.path": model})
     family = load_family(config.model)
-    adapters = build_adapters(config, family)
+    trainables = build_trainables(config, family)
+    adapters = trainables.lora
     adapted = {pair.name for pair in adapters.pairs}
     every = [name for group in family.make_adaptable() for name in group.names]
     blocks = sorted({name.split(".attn")[0] for name in every})
@@ -275,7 +276,7 @@ def test_backward_pass_of_up_does_not_reach_what_lies_before(
     for targets in (None, "up"):
         settings = {} if targets is None else {"stage.0.trainables.lora.targets": targets}
         family = load_family(make_config().model, dtype=torch.float64)
-        build_adapters(make_config(**settings), family, dtype=torch.float64)
+        build_trainables(make_config(**settings), family, dtype=torch.float64)
         names: list[str] = []
         for name, module in family.network.named_modules():
             if not list(module.children()):

@@ -10,10 +10,12 @@ from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.compiling import _allow_variants
 from fastppt.training.encoding import encode
-from fastppt.training.loop import build_adapters, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
 from fastppt.training.step import (
     Step,
@@ -38,11 +40,12 @@ def prepared(config: RunConfig, family: Family) -> tuple[Step, LoraAdapters]:
     """A step of the first stage, and its adapters, which are no longer at their start."""
     config = resolve(config, family)
     dtype = torch.promote_types(family.dtype, torch.float32)
-    adapters = build_adapters(config, family, dtype=dtype)
+    trainables = build_trainables(config, family, dtype=dtype)
+    adapters = trainables.lora
     buckets, _ = encode(config, family, find_photos(config.photos.folder), Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), 64, family.device)
     generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     step.learning_rate.fill_(config.stage[0].trainables.lora.learning_rate)
     return step, adapters
 

@@ -12,9 +12,11 @@ from fastppt.config import RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
-from fastppt.training.loop import build_adapters, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.runners import StageRunner
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.snapshot import written_tensors
@@ -42,14 +44,15 @@ def build_stage(
     family = load_family(config.model, dtype=dtype)
     config = resolve(config, family)
     masters = torch.promote_types(family.dtype, torch.float32)
-    adapters = build_adapters(config, family, dtype=masters)
+    trainables = build_trainables(config, family, dtype=masters)
+    adapters = trainables.lora
     if config.gradient_checkpointing:
         family.checkpoint_blocks()
     photos = find_photos(config.photos.folder)
     buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), ROWS, family.device)
     generator = new_generator(config, family)
-    steps = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    steps = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     return steps, adapters
 
 

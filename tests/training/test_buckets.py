@@ -18,19 +18,14 @@ from fastppt.config import RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
-from fastppt.training import loop, runners
+from fastppt.training import runners
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
-from fastppt.training.loop import (
-    BUCKET_STREAM,
-    RunResult,
-    build_adapters,
-    build_steps,
-    new_generator,
-    resolve,
-    split_seed,
-    train,
-)
+from fastppt.training.loop import resolve, train
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import RunResult, TrainingRun, new_generator
+from fastppt.training.seeds import BUCKET_STREAM, split_seed
+from fastppt.training.stage import build_steps
 from fastppt.training.step import METRICS, Step, run_step
 
 MakeConfig = Callable[..., RunConfig]
@@ -129,7 +124,7 @@ def test_the_bucket_is_a_function_of_seed_and_step_number(
 
 
 def test_photos_are_drawn_evenly_over_all_buckets() -> None:
-    picker = loop._Run.__new__(loop._Run)
+    picker = TrainingRun.__new__(TrainingRun)
 
     class Counted:
         def __init__(self, num_photos: int) -> None:
@@ -153,12 +148,13 @@ def test_a_step_of_one_bucket_moves_what_the_other_goes_on_with(
 ) -> None:
     settings = {"photos.folder": str(mixed_photos), "photos.buckets": True}
     config = resolve(make_config(**settings), family)
-    adapters = build_adapters(config, family)
+    trainables = build_trainables(config, family)
+    adapters = trainables.lora
     photos = find_photos(mixed_photos)
     buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(METRICS, 8, family.device)
     generator = new_generator(config, family)
-    steps = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    steps = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     steps[0].learning_rate.fill_(1e-3)
     for step in (steps[0], steps[1], steps[0]):
         before = adapters.arena.flat.detach().clone()

@@ -17,10 +17,12 @@ from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.live_bytes import LiveBytes
-from fastppt.training.loop import build_adapters, new_generator, resolve, train
+from fastppt.training.loop import resolve, train
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Step, accumulate_gradients, metric_names, run_step
 
@@ -45,7 +47,8 @@ def prepared(
     """A step in float64, with adapters that already change something."""
     family = load_family(ModelConfig(path=model, device="cpu"), dtype=torch.float64)
     config = resolve(make_config(**{"model.path": model} | settings), family)
-    adapters = build_adapters(config, family, dtype=torch.float64)
+    trainables = build_trainables(config, family, dtype=torch.float64)
+    adapters = trainables.lora
     for pair in adapters.pairs:
         pair.up.fill_(0.01)
     if checkpointing:
@@ -53,7 +56,7 @@ def prepared(
     buckets, _ = encode(config, family, find_photos(config.photos.folder), Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), 64, CPU)
     generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     step.learning_rate.fill_(1e-3)
     return step, adapters
 

@@ -13,7 +13,7 @@ from fastppt.config import RunConfig
 from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.training import engine, loop, runners
+from fastppt.training import engine, loop, run, runners
 from fastppt.training.engine import fallback_note, prepare_engine, resolve_engine, why_auto
 from fastppt.training.step import Step
 
@@ -116,7 +116,7 @@ def test_a_network_compiled_as_one_is_checked_before_it_trains(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
     happened: list[str] = []
-    monkeypatch.setattr(loop, "check_gradients", lambda steps, adapters: happened.append("check"))
+    monkeypatch.setattr(run, "check_gradients", lambda steps, adapters: happened.append("check"))
     monkeypatch.setattr(runners, "run_step", lambda step, number: happened.append("step"))
     settings = {"engine": "compile", "compile_scope": scope, "stage.0.steps": 2}
     loop.train(make_config(**settings), Console(quiet=True))

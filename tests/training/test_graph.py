@@ -186,7 +186,7 @@ CHANGES: dict[str, Callable[[Step], object]] = {
         step.latents, "posteriors", step.latents.posteriors.to("meta")
     ),
     "the address of prompts.embeddings.tokens": lambda step: move(step.prompts.embeddings.tokens),
-    "the address of learning_rate": lambda step: move(step.learning_rate),
+    "the address of learning_rates.lora": lambda step: move(step.learning_rate),
     "the address of ring.rows": lambda step: replace_in(step.ring, "rows", step.ring.rows.clone()),
     "switch.enabled": lambda step: replace_in(step.switch, "enabled", False),
     "stage.batch_size": lambda step: replace_in(step.stage, "batch_size", 2),

@@ -26,10 +26,11 @@ from fastppt.outputs import files
 from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 from fastppt.outputs.samples import MARGIN, MIN_CELL
-from fastppt.training import engine, loop
-from fastppt.training.loop import RunResult, split_seed
+from fastppt.training import build, engine, loop, run
 from fastppt.training.loop import train as train_run
+from fastppt.training.run import RunResult
 from fastppt.training.schedule import learning_rate_factor
+from fastppt.training.seeds import split_seed
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -230,13 +231,13 @@ def test_two_streams_of_one_run_differ(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
-    real_split = loop.split_seed
 
     def split(seed: int, stream: int) -> int:
-        seeds.append(real_split(seed, stream))
+        seeds.append(split_seed(seed, stream))
         return seeds[-1]
 
-    monkeypatch.setattr(loop, "split_seed", split)
+    for module in (build, run):
+        monkeypatch.setattr(module, "split_seed", split)
     train(make_config(**{"stage.0.steps": 1}))
     assert len(seeds) == len(set(seeds)) == 2
 

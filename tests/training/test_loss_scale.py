@@ -15,10 +15,13 @@ from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
-from fastppt.training.loop import build_adapters, build_steps, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.loss_scale import GROWTH_INTERVAL, START, LossScale
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
+from fastppt.training.stage import build_steps
 from fastppt.training.step import METRICS, Step, run_step
 from fastppt_kernels.testing import ForbidHostReads
 
@@ -35,12 +38,13 @@ def prepared(
     family = load_family(model)
     given = {"model.precision": precision, "model.device": device, **settings}
     config = resolve(make_config(**given), family)
-    adapters = build_adapters(config, family)
+    trainables = build_trainables(config, family)
+    adapters = trainables.lora
     photos = find_photos(config.photos.folder)
     buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(METRICS, 64, family.device)
     generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     step.learning_rate.fill_(1e-3)
     return step, adapters
 

@@ -17,11 +17,13 @@ from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family, make_family, outline_family
 from fastppt.families.names import MINI_MODELS
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.live_bytes import LiveBytes
-from fastppt.training.loop import build_adapters, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.memory import MemoryPlan, plan_memory
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Step, accumulate_gradients, metric_names
 
@@ -46,13 +48,13 @@ def prepared(config: RunConfig, family: Family | None = None) -> Step:
     """A step with all that it needs; on the CPU, unless a family is given."""
     family = load_family(config.model) if family is None else family
     config = resolve(config, family)
-    adapters = build_adapters(config, family)
+    trainables = build_trainables(config, family)
     if config.gradient_checkpointing:
         family.checkpoint_blocks()
     buckets, _ = encode(config, family, find_photos(config.photos.folder), Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), config.log_every, family.device)
     generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     return step
 
 

@@ -21,10 +21,12 @@ from fastppt.errors import UserError
 from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.training.build import build_trainables
 from fastppt.training.compiling import _allow_variants
 from fastppt.training.encoding import encode
-from fastppt.training.loop import build_adapters, new_generator, resolve, train
+from fastppt.training.loop import resolve, train
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps, layers_to_align
 from fastppt.training.step import (
     METRICS,
@@ -140,7 +142,7 @@ def test_patterns_choose_layers(make_config: MakeConfig) -> None:
     }
     family = load("mini-sdxl")
     config = make_config("lora", **settings)
-    build_adapters(config, family)
+    build_trainables(config, family)
     layers, attentions = layers_to_align(family, config.stage[0].objectives, OBJECTIVES)
     network = family.network
     wanted = ["down_blocks.0.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0"]
@@ -181,11 +183,11 @@ def test_buckets_share_the_indicator(make_config: MakeConfig, tmp_path: Path, ph
     settings = APT | {"photos.folder": str(folder), "photos.buckets": True}
     family = load("mini-sdxl")
     config = resolve(make_config("lora", **settings), family)
-    adapters = build_adapters(config, family)
+    trainables = build_trainables(config, family)
     buckets, _ = encode(config, family, find_photos(folder), Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), 8, family.device)
     generator = new_generator(config, family)
-    steps = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    steps = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     first, second = steps
     assert first.latents.latent_shape != second.latents.latent_shape
     seen = []

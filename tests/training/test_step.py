@@ -15,10 +15,13 @@ from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
-from fastppt.training.loop import build_adapters, build_steps, new_generator, resolve
+from fastppt.training.loop import resolve
 from fastppt.training.ring import MetricRing
+from fastppt.training.run import new_generator
 from fastppt.training.schedule import learning_rate_factor
+from fastppt.training.stage import build_steps
 from fastppt.training.step import METRICS, Step, draw, run_step
 from fastppt_kernels.testing import ForbidHostReads
 
@@ -29,12 +32,13 @@ def prepared(config: RunConfig, family: Family) -> tuple[Step, LoraAdapters]:
     """A step of the first stage, and the adapters it trains, in float64 if the family is."""
     config = resolve(config, family)
     dtype = torch.promote_types(family.dtype, torch.float32)
-    adapters = build_adapters(config, family, dtype=dtype)
+    trainables = build_trainables(config, family, dtype=dtype)
+    adapters = trainables.lora
     photos = find_photos(config.photos.folder)
     buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(METRICS, 64, family.device)
     generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, adapters, buckets, ring, generator)
+    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
     step.learning_rate.fill_(config.stage[0].trainables.lora.learning_rate)
     return step, adapters
 
