@@ -22,6 +22,7 @@ from bench.suites import (
     ATTENTION_ALIGNMENT,
     ATTENTION_ALIGNMENT_JOINT,
     FEATURE_ALIGNMENT,
+    FEATURE_ALIGNMENT_ADDED,
     FEATURE_ALIGNMENT_CHANNELS_LAST,
     FEATURE_WORKLOADS,
     JOINT_ATTENTION,
@@ -46,7 +47,11 @@ SUITES: Mapping[str, Sequence[tuple[Suite, str]]] = {
         (JOINT_ATTENTION_BF16, JOINT_WORKLOAD),
         *(
             (suite, name)
-            for suite in (FEATURE_ALIGNMENT, FEATURE_ALIGNMENT_CHANNELS_LAST)
+            for suite in (
+                FEATURE_ALIGNMENT,
+                FEATURE_ALIGNMENT_CHANNELS_LAST,
+                FEATURE_ALIGNMENT_ADDED,
+            )
             for name in FEATURE_WORKLOADS[:2]
         ),
         *((ADAPTIVE_DENOISING, name) for name in LATENT_WORKLOADS),

@@ -1,7 +1,7 @@
 """Feature alignment and the adaptive denoising loss: problems, what float64 makes of them, ways.
 
 A call does what a training step does: the base's side without a gradient, the losses of the tuned
-side, and their gradient.
+side, and their gradient; or that gradient added to what flows into the features from elsewhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from bench.ways import Call
-from fastppt_kernels import adaptive_denoising_loss, feature_alignment_loss, feature_statistics
+from fastppt_kernels import (
+    adaptive_denoising_loss,
+    align_features,
+    feature_alignment_loss,
+    feature_statistics,
+)
 from fastppt_kernels.adaptive_denoising.reference import adaptive_denoising_reference
 from fastppt_kernels.feature_alignment.reference import (
     feature_alignment_reference,
@@ -23,6 +28,8 @@ EPS = 1e-6
 # The base's features and those of the tuned network differ by this part of their size, so that the
 # difference of their statistics has digits enough to be compared.
 DRIFT = 0.5
+# About the size of the losses' gradients of a layer of SDXL.
+INCOMING_SIZE = 1e-3
 
 Statistics = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # The losses of all layers, and the gradient of each.
@@ -33,6 +40,7 @@ class FeatureProblem:
     """Features of the base and of the tuned network, a tensor a layer.
 
     [B, C, H, W] in channels_last memory where ``channels_last``; [B, N, C] of three dimensions.
+    With ``incoming``, a tensor a layer flows into the features in a backward pass.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class FeatureProblem:
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        incoming: bool = False,
         seed: int = 0,
     ) -> None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -56,6 +65,11 @@ class FeatureProblem:
         for features in self.tuned:
             features.requires_grad_()
         self.channel_dims = [1 if len(shape) == 4 else -1 for shape in shapes]
+        self.incoming = [
+            torch.empty_like(tuned).normal_(std=INCOMING_SIZE, generator=generator)
+            for tuned in self.tuned
+            if incoming
+        ]
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor, int]]:
@@ -72,7 +86,25 @@ def exact_features(problem: FeatureProblem) -> LossAndGrads:
             leaves[-1], *statistics, channel_dim=channel_dim, eps=EPS
         )
         total = total.to(tuned.device) + sum(losses)
-    return total.detach(), torch.autograd.grad(total, leaves)
+    grads = torch.autograd.grad(total, leaves)
+    if problem.incoming:
+        pairs = zip(grads, problem.incoming, strict=True)
+        grads = tuple(grad + incoming.double() for grad, incoming in pairs)
+    return total.detach(), grads
+
+
+def align_op(problem: FeatureProblem) -> Call:
+    def call() -> LossAndGrads:
+        losses, reads = [], []
+        for base, tuned, channel_dim in problem.pairs:
+            with torch.no_grad():
+                statistics = feature_statistics(base, channel_dim=channel_dim, eps=EPS)
+            read, *own = align_features(tuned, *statistics, channel_dim=channel_dim, eps=EPS)
+            losses += own
+            reads.append(read)
+        return _loss_and_grads(torch.stack(losses).sum(), problem.tuned, reads, problem.incoming)
+
+    return call
 
 
 def feature_op(problem: FeatureProblem) -> Call:
@@ -82,7 +114,7 @@ def feature_op(problem: FeatureProblem) -> Call:
             with torch.no_grad():
                 statistics = feature_statistics(base, channel_dim=channel_dim, eps=EPS)
             losses += feature_alignment_loss(tuned, *statistics, channel_dim=channel_dim, eps=EPS)
-        return _loss_and_grads(torch.stack(losses).sum(), problem.tuned)
+        return _feature_grads(torch.stack(losses).sum(), problem)
 
     return call
 
@@ -98,7 +130,7 @@ def feature_autograd(problem: FeatureProblem, statistics: Statistics) -> Call:
             mean, std = statistics(tuned, channel_dim)
             losses.append((mean - base_mean).square().sum(1).mean())
             losses.append((std - base_std).square().sum(1).mean())
-        return _loss_and_grads(torch.stack(losses).sum(), problem.tuned)
+        return _feature_grads(torch.stack(losses).sum(), problem)
 
     return call
 
@@ -176,5 +208,17 @@ def denoising_autograd(problem: DenoisingProblem) -> Call:
     return call
 
 
-def _loss_and_grads(loss: Tensor, leaves: Sequence[Tensor]) -> LossAndGrads:
-    return loss.detach(), torch.autograd.grad(loss, leaves)
+def _feature_grads(loss: Tensor, problem: FeatureProblem) -> LossAndGrads:
+    # Autograd adds what flows in by way of the views.
+    reads = [tuned.view_as(tuned) for tuned in problem.tuned if problem.incoming]
+    return _loss_and_grads(loss, problem.tuned, reads, problem.incoming)
+
+
+def _loss_and_grads(
+    loss: Tensor,
+    leaves: Sequence[Tensor],
+    reads: Sequence[Tensor] = (),
+    incoming: Sequence[Tensor] = (),
+) -> LossAndGrads:
+    """Return the loss and the leaves' gradients, ``incoming`` being those of ``reads``."""
+    return loss.detach(), torch.autograd.grad([loss, *reads], leaves, [None, *incoming])

@@ -46,6 +46,7 @@ from bench.step_ways import (
     check_peer,
     compare_notes,
     make_peer,
+    moves_text,
     open_source,
 )
 from bench.time_limit import OutOfTimeError, at_most
@@ -167,6 +168,7 @@ class _Bench:
         self.flops = count_flops(self.plain.gradients)
         self.stock = source.make_family()
         self.base_flops = count_flops(NetworkAlone(self.stock, self.plain, backward=False))
+        self.text_flops: int | None = None
         self.eager_notes: dict[str, list[Notes]] = {}
 
     def label(self, way: StepWay) -> Row:
@@ -208,6 +210,7 @@ class _Bench:
             eager = TrainerStep(self.source, way.recipe, "eager")
             self.eager_notes[way.recipe] = eager.first_notes()
             del eager
+        plain = self._text_flops() if moves_text(way.recipe) else self.flops
         memory = MemoryWatch(self.device)
         step = TrainerStep(self.source, way.recipe, way.engine)
         # What the encoding took is not the step's.
@@ -217,9 +220,16 @@ class _Bench:
         notes = step.first_notes()
         errors = compare_notes(notes, self.eager_notes.setdefault(way.recipe, notes))
         self._refuse(errors)
-        flops = self.flops + self.base_flops * step.stage.objectives.need_base
+        flops = plain + self.base_flops * step.stage.objectives.need_base
         costs = self._costs(step, way, memory, first, flops, errors)
         return step, costs | {"capture s": prepared}
+
+    def _text_flops(self) -> int:
+        """Return the operations of a step without a base pass in which text encoders learn."""
+        if self.text_flops is None:
+            step = TrainerStep(self.source, "apt-base", "eager")
+            self.text_flops = count_flops(step.gradients)
+        return self.text_flops
 
     def _peer(self, way: StepWay) -> tuple[Call, Row]:
         memory = MemoryWatch(self.device)

@@ -31,6 +31,8 @@ MORE_WAYS = (
     (PRIOR_PEER, "eager"),
 )
 COMPILED_WAYS = tuple((recipe, "graph+compile") for recipe in ("lora", "ppt-lora", "apt"))
+# The method whole, beside the same trainables without its objectives.
+APT_WAYS = (("apt-base", "graph"), ("apt-recipe", "graph"), ("base pass alone", "graph"))
 # Larger batches leave no room for more of them side by side.
 BATCH_WAYS = {
     2: (("lora", "graph"), ("apt", "graph"), (PEER, "eager")),
@@ -96,6 +98,7 @@ FIRST_PLANS = (
     StepPlan("sd15", "in graphs", GRAPH_WAYS, most_seconds=50.0),
 )
 LAST_PLANS = (
+    StepPlan("sdxl", "with text encoders that learn, in graphs", APT_WAYS),
     StepPlan("sdxl", "beside more peers", MORE_WAYS),
     *(StepPlan("sdxl", "in graphs", BATCH_WAYS[size], batch_size=size) for size in (4, 2, 8)),
     StepPlan("sdxl", "in graphs", BATCH_WAYS[2], resolution=512),

@@ -8,6 +8,7 @@ SUITE = "step"
 PEER, CACHED_PEER = "diffusers-style, eager", "diffusers-style, latents cached, eager"
 # Of the steps that the GPU's targets speak of; those of the CPU may have any resolution.
 MAIN = {"suite": SUITE, "model": "sdxl", "resolution": 1024, "batch": 1, "rank": 32}
+APT_COST = "recipe apt's step - recipe apt-base's, in base passes"
 CPU_MAIN = {"suite": SUITE, "model": "mini-sdxl", "batch": 1, "rank": 32}
 
 
@@ -47,7 +48,7 @@ def print_base_passes(rows: Sequence[Row]) -> None:
 
 
 def list_cpu_targets(rows: Sequence[Row]) -> list[Row]:
-    """Return how many times faster than the peers our eager step is on the CPU."""
+    """Return how many times faster than the peers our eager step is on the CPU, and APT's cost."""
     targets = []
     for row in rows:
         labels = CPU_MAIN | {"resolution": row["resolution"]}
@@ -57,7 +58,22 @@ def list_cpu_targets(rows: Sequence[Row]) -> list[Row]:
             what = f"{describe_work(row)}: times faster than diffusers' step {kind}"
             ratio = find_ratio(rows, "lora, eager", peer, **labels)
             targets.append(describe_target(what, 1.3, ratio))
+        cost = _apt_cost(rows, "eager", labels)
+        if cost is not None:
+            what = f"{describe_work(row)}: {APT_COST}, at most"
+            targets.append(describe_target(what, 1.25, cost, at_most=True))
     return targets
+
+
+def _apt_cost(rows: Sequence[Row], engine: str, labels: Row) -> float | None:
+    """Return what APT adds to a step of its trainables, in base passes; None: not measured."""
+    base, plain, apt = (
+        find_row(rows, way=f"{name}, {engine}", **labels)
+        for name in ("base pass alone", "apt-base", "apt-recipe")
+    )
+    if base is None or plain is None or apt is None:
+        return None
+    return float((apt["p50 ms"] - plain["p50 ms"]) / base["p50 ms"])
 
 
 def list_gpu_targets(rows: Sequence[Row]) -> list[Row]:
@@ -82,6 +98,7 @@ def list_gpu_targets(rows: Sequence[Row]) -> list[Row]:
         (f"{name}, blocks compiled: ms", 45.0, compiled and compiled["p50 ms"]),
         (f"{name}: anchored step / plain step", 1.01, anchored and anchor),
         (f"{name}: APT's step - plain step, in base passes", 1.15, cost),
+        (f"{name}: {APT_COST}", 1.15, _apt_cost(rows, "graph", MAIN)),
         (f"{name}: peak memory, APT / plain", 1.05, peak),
     ]
     return [

@@ -10,6 +10,8 @@ CPU_LINES = {
     "lora, eager": "recipe `lora`",
     "ppt-lora, eager": "recipe `ppt-lora`",
     "apt, eager": "APT's objectives over `lora`",
+    "apt-base, eager": "recipe `apt-base`",
+    "apt-recipe, eager": "recipe `apt`",
     "diffusers-style, eager": "diffusers' step",
     "diffusers-style, latents cached, eager": "diffusers' step, its latents cached",
     "diffusers-style, prior preservation, eager": "diffusers' step with prior preservation",

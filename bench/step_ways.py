@@ -30,7 +30,7 @@ from fastppt.training.loop import resolve
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.runners import make_runner
-from fastppt.training.stage import build_steps
+from fastppt.training.stage import build_steps, learning_rates
 from fastppt.training.step import Draws, accumulate_gradients, draw, make_batch, metric_names
 
 MODELS = (*MINI_MODELS, *FULL_MODELS)
@@ -46,11 +46,15 @@ APT: Settings = {
     # How many there are is nothing to a step, and encoding them takes time.
     "photos.views": 1,
 }
-# What our trainer is run with: a recipe, and settings over it.
+# What our trainer is run with: a recipe, and settings over it. "apt" is plain LoRA with APT's
+# objectives; "apt-recipe" is the method whole, text encoders and learned word included, and
+# "apt-base" the same trainables without its objectives.
 RECIPES: dict[str, tuple[str, Settings]] = {
     "lora": ("lora", {}),
     "ppt-lora": ("ppt-lora", {}),
     "apt": ("lora", APT),
+    "apt-base": ("apt-base", {}),
+    "apt-recipe": ("apt", {"photos.views": 1}),
 }
 # diffusers' step, and what the peer is then told.
 PEERS: dict[str, dict[str, bool]] = {
@@ -125,6 +129,12 @@ def open_source(work: Work, device: str, photos: Path, dtype: torch.dtype | None
     return Source(work, pipeline, photos, torch.device(device), dtype)
 
 
+def moves_text(recipe: str) -> bool:
+    """Say whether text encoders or a word's embedding learn in one of `RECIPES`."""
+    (stage,) = build_config(RECIPES[recipe][0]).stage
+    return stage.trainables.move_text
+
+
 class TrainerStep:
     """Our trainer's step, made as a run makes it.
 
@@ -170,8 +180,8 @@ class TrainerStep:
         )
         self.runner = make_runner(self.config.engine, steps)
         self.number = 0
-        assert self.stage.trainables.lora is not None
-        self.step.learning_rate.fill_(self.stage.trainables.lora.learning_rate)
+        for part, rate in learning_rates(self.stage).items():
+            self.step.learning_rates[part].fill_(rate)
 
     def prepare(self) -> None:
         """Capture the step, where the engine does."""
@@ -204,11 +214,14 @@ class TrainerStep:
         self.trainables.lora.refresh()
 
     def gradients(self) -> tuple[Tensor, list[Tensor]]:
-        """Return a pass's loss, and its gradients of each pair's down and up; leaves none."""
+        """Return a pass's loss, and the gradients of the network's adapters; leaves none.
+
+        Those are of each pair's down and up.
+        """
         accumulate_gradients(self.step)
         loss, grad = self.step.losses[0].clone(), self.trainables.lora.arena.grad
         flat = grad.clone()
-        grad.zero_()
+        self.step.optimizer.zero_grad(set_to_none=False)
         self.step.losses.zero_()
         found = [
             flat.as_strided(part.shape, part.stride(), part.storage_offset())
@@ -319,7 +332,8 @@ class NetworkAlone:
         self.family, self.backward = family, backward
         draws = step.draw()
         self.batch = make_batch(step.step, draws)
-        self.prompts = step.step.prompts.subject(draws.photos)
+        with torch.no_grad():
+            self.prompts = step.step.prompts.subject(draws.photos)
         modules = self.family.network.modules()
         self.first = next(module for module in modules if isinstance(module, Attention))
 

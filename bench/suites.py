@@ -268,12 +268,15 @@ OPTIMIZER_EFFECTIVE = Suite(
 def _feature_suite(form: str, **kind: Any) -> Suite:
     var_mean = partial(features.feature_autograd, statistics=features.var_mean)
     two_means = partial(features.feature_autograd, statistics=features.two_means)
+    incoming = "incoming" in kind
     return Suite(
         name="feature alignment",
         form=form,
-        # Read the base's features and the tuned ones; then read these again, write the gradient.
-        accesses=1 + 1 + 2,
-        makers={
+        # Read the base's features and the tuned ones; then read these again, and what flows in,
+        # write the gradient.
+        accesses=1 + 1 + 2 + incoming,
+        makers=({"align_features": _plain(features.align_op)} if incoming else {})
+        | {
             "feature_alignment_loss": _plain(features.feature_op),
             "mean, mean of squares": _plain(two_means),
             "var_mean": _plain(var_mean),
@@ -284,8 +287,8 @@ def _feature_suite(form: str, **kind: Any) -> Suite:
         errors=loss_errors,
         make_problem=partial(features.FeatureProblem, **kind),
         element_bytes=2 if "dtype" in kind else BYTES,
-        # Statistics of both, and the gradient.
-        flops=_flops_an_element(4 + 4 + 3),
+        # Statistics of both, the gradient, and its addition.
+        flops=_flops_an_element(4 + 4 + 3 + incoming),
     )
 
 
@@ -366,6 +369,10 @@ FEATURE_ALIGNMENT_CHANNELS_LAST = _feature_suite("float32, channels_last", chann
 FEATURE_ALIGNMENT_BF16 = _feature_suite("bfloat16", dtype=torch.bfloat16)
 FEATURE_ALIGNMENT_BF16_CHANNELS_LAST = _feature_suite(
     "bfloat16, channels_last", dtype=torch.bfloat16, channels_last=True
+)
+FEATURE_ALIGNMENT_ADDED = _feature_suite("float32, added to a gradient", incoming=True)
+FEATURE_ALIGNMENT_BF16_ADDED = _feature_suite(
+    "bfloat16, added to a gradient", dtype=torch.bfloat16, incoming=True
 )
 ADAPTIVE_DENOISING = _denoising_suite("float32")
 ADAPTIVE_DENOISING_BF16 = _denoising_suite("bfloat16", dtype=torch.bfloat16)

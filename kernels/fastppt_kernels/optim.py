@@ -71,6 +71,8 @@ class AnchoredAdamW(Optimizer):
         penalty: 0-dim device tensor, the sum of the groups' penalties at the last step, of the
             values before it. For "decoupled" too: anchor_weight sum ||theta - theta_0||^2.
         grad_norm: 0-dim device tensor, the norm of step 2 before the clip.
+        skipped: 0-dim bool device tensor: the last step was asked to skip, or found its norm not
+            finite, and left all as it was.
 
     Raises:
         ValueError: An option out of its range; an anchor of another shape or of too few entries;
@@ -111,6 +113,7 @@ class AnchoredAdamW(Optimizer):
             raise ValueError(f"max_grad_norm: got {max_grad_norm}, want a number > 0, or None")
         self.max_grad_norm = max_grad_norm
         self.penalty = self.grad_norm = torch.zeros(())
+        self.skipped = torch.zeros((), dtype=torch.bool)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -166,7 +169,11 @@ class AnchoredAdamW(Optimizer):
                         copy.copy_(param)
 
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, skip: Tensor | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        skip: Tensor | None = None,
+        skip_non_finite: bool = False,
     ) -> float | None:
         """Take one step; see the class for its equations.
 
@@ -176,6 +183,12 @@ class AnchoredAdamW(Optimizer):
                 0 the step leaves parameters, moments, step counts and working copies as they are
                 (whatever the gradients hold), and still gives ``penalty`` and ``grad_norm``.
                 It is read on the device, so a captured step sees its new values.
+            skip_non_finite: Skip the step where ``grad_norm`` is NaN or infinite: the norm of all
+                groups, the coupled anchor's gradient included, with or without a clip. That takes
+                in finite gradients of which the sum of squares exceeds float32 (float64 for
+                float64 parameters). It is decided on the device, by the launch that computes the
+                norm. ``skipped`` says what was decided; ``.grad`` may hold NaN afterwards, even
+                where it held none.
 
         Returns:
             What ``closure`` returned, or None.
@@ -199,15 +212,17 @@ class AnchoredAdamW(Optimizer):
                     penalties += _pull_pairs_(group, indices, batch)
                 batches.append(batch)
             if batches:
-                self.penalty, self.grad_norm = anchored_adamw_(
+                self.penalty, self.grad_norm, self.skipped = anchored_adamw_(
                     batches,
                     self.max_grad_norm,
                     extra_penalties=penalties,
                     skip=skip,
+                    skip_non_finite=skip_non_finite,
                     launcher=self._launcher,
                 )
             else:
                 self.penalty = self.grad_norm = torch.zeros((), device=self._device())
+                self.skipped = torch.zeros((), dtype=torch.bool, device=self._device())
         return loss
 
     def _gather(self, number: int, indices: Sequence[int]) -> Batch:
@@ -298,7 +313,7 @@ class AnchoredAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
             name: self.__dict__[name]
-            for name in ("max_grad_norm", "penalty", "grad_norm", "_default_anchor")
+            for name in ("max_grad_norm", "penalty", "grad_norm", "skipped", "_default_anchor")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

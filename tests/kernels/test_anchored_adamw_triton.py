@@ -90,18 +90,29 @@ def tensors_of(batch):
     return [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.steps, *copies]
 
 
-def check_step(device, max_grad_norm=1.0, others=(), skip=None, **options):
+def check_step(
+    device, max_grad_norm=1.0, others=(), skip=None, skip_non_finite=False, bad=None, **options
+):
     """Take a step; compare all that it writes with the float64 reference. Updates, not values."""
     made = [make_batch(device, **options), *(make_batch(device, seed=7, **o) for o in others)]
     batches = [batch for batch, _ in made]
+    if bad is not None:
+        batches[-1].grads[0][3] = bad
     starts = [[t.clone() for t in tensors_of(batch)] for batch in batches]
     wanted, wanted_penalty, wanted_norm = anchored_adamw_reference(batches, max_grad_norm)
-    penalty, norm = anchored_adamw_(batches, max_grad_norm, skip=skip)
+    penalty, norm, skipped = anchored_adamw_(
+        batches, max_grad_norm, skip=skip, skip_non_finite=skip_non_finite
+    )
     torch.testing.assert_close(penalty.double().cpu(), wanted_penalty.cpu(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(norm.double().cpu(), wanted_norm.cpu(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        norm.double().cpu(), wanted_norm.cpu(), rtol=1e-6, atol=0, equal_nan=True
+    )
+    assert skipped.dtype == torch.bool and skipped.dim() == 0
+    stays = (skip is not None and skip != 0) or (skip_non_finite and not wanted_norm.isfinite())
+    assert skipped == stays
     for batch, want, start, (_, guarded) in zip(batches, wanted, starts, made, strict=True):
         guarded.check()
-        if skip is not None and skip != 0:
+        if stays:
             assert all(map(torch.equal, tensors_of(batch), start))
             continue
         assert torch.equal(torch.stack(batch.steps).cpu(), torch.stack(want.steps).float().cpu())
@@ -165,9 +176,50 @@ def test_a_skipped_step_keeps_nan_gradients_out(device):
     batch, _ = make_batch(device, sizes=[7, 100])
     batch.grads[0][3] = torch.nan
     start = [t.clone() for t in tensors_of(batch)]
-    _, norm = anchored_adamw_([batch], 1.0, skip=torch.tensor(True, device=device))
-    assert norm.isnan()
+    _, norm, skipped = anchored_adamw_([batch], 1.0, skip=torch.tensor(True, device=device))
+    assert norm.isnan() and skipped
     assert all(map(torch.equal, tensors_of(batch), start))
+
+
+SECOND_GROUP = {"sizes": [5, BLOCK + 5], "anchor_weight": 0.7}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_bad_element_of_one_group_stops_them_all(device, form, max_grad_norm, bad):
+    check_step(
+        device,
+        max_grad_norm,
+        sizes=[7, 100],
+        form=form,
+        dtypes="float32 with a copy",
+        others=[SECOND_GROUP | {"form": form}],
+        skip_non_finite=True,
+        bad=bad,
+    )
+
+
+@pytest.mark.parametrize("skip", [None, False, True])
+@pytest.mark.parametrize("bad", [None, torch.nan])
+def test_a_step_is_skipped_by_its_norm_or_by_the_flag(device, skip, bad):
+    flag = None if skip is None else torch.tensor(skip, device=device)
+    check_step(device, skip=flag, skip_non_finite=True, bad=bad, sizes=[7, 100])
+
+
+def test_finite_gradients_whose_squares_overflow_count_as_not_finite(device):
+    batch, _ = make_batch(device, sizes=[7, 100])
+    batch.grads[0][3] = 1e30
+    start = [t.clone() for t in tensors_of(batch)]
+    _, norm, skipped = anchored_adamw_([batch], 1.0, skip_non_finite=True)
+    assert norm.isinf() and skipped
+    assert all(map(torch.equal, tensors_of(batch), start))
+
+
+def test_a_flag_that_is_neither_0_nor_1_is_told_as_a_bool(device):
+    batch, _ = make_batch(device, sizes=[7])
+    _, _, skipped = anchored_adamw_([batch], skip=torch.tensor(-3, device=device))
+    assert skipped.view(torch.uint8) == 1
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -186,7 +238,12 @@ def test_a_gradient_that_is_not_finite_does_what_clip_grad_norm_does(device, bad
 
 def test_scratch_memory_holds_nothing_that_is_read(device, monkeypatch):
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
     check_step(device, sizes=[7, BLOCK + 5])
 
 
@@ -308,7 +365,7 @@ def test_a_captured_step_replays_the_eager_ones_under_a_scheduler(form):
         skip = torch.zeros((), dtype=torch.bool, device="cuda")
 
         def step(optimizer=optimizer, skip=skip):
-            optimizer.step(skip=skip)
+            optimizer.step(skip=skip, skip_non_finite=True)
 
         write_gradients(params, 0)
         if captured:
@@ -330,9 +387,12 @@ def test_a_captured_step_replays_the_eager_ones_under_a_scheduler(form):
         for number in range(20):
             write_gradients(params, number)
             skip.fill_(number == 7)
+            if number == 11:
+                params[0].grad[0, 0] = torch.nan
             step()
             scheduler.step()
-            norms.append(optimizer.grad_norm.clone())
+            assert optimizer.skipped == (number in (7, 11))
+            norms.append(optimizer.grad_norm.nan_to_num(-1.0))
         assert lr < 1e-2
         runs.append([*params, *norms, *(t for p in params for t in optimizer.state[p].values())])
     assert all(map(torch.equal, *runs))
@@ -396,8 +456,43 @@ FAULTS = {
 }
 FAULTS_OF_OTHER_CASES = {
     "flag not read": (
-        [("moves = tl.load(skip_ptr) == 0 if skip_ptr is not None else True", "moves = True")],
+        [
+            (
+                "moves = tl.load(skipped_ptr) == 0 if skipped_ptr is not None else True",
+                "moves = True",
+            )
+        ],
         {"skip": True, "sizes": [7]},
+    ),
+    "flag for good": (
+        [("skipped = (tl.load(skip_ptr) != 0).to(tl.uint8)", "skipped = 0")],
+        {"skip": True, "sizes": [7]},
+    ),
+    "norm forgets the flag": (
+        [
+            (
+                'tl.where(grad_norm < float("inf"), skipped, 1)',
+                '(grad_norm >= float("inf")).to(tl.uint8)',
+            )
+        ],
+        {"skip": True, "skip_non_finite": True, "sizes": [7]},
+    ),
+    "NaN passes for finite": (
+        [
+            (
+                'tl.where(grad_norm < float("inf"), skipped, 1)',
+                'tl.where(grad_norm == float("inf"), 1, skipped)',
+            )
+        ],
+        {"skip_non_finite": True, "bad": torch.nan, "sizes": [7]},
+    ),
+    "infinity passes for finite": (
+        [('grad_norm < float("inf")', "grad_norm == grad_norm")],
+        {"skip_non_finite": True, "bad": torch.inf, "sizes": [7]},
+    ),
+    "skipped step counted": (
+        [("counts = skipped == 0", "counts = True")],
+        {"skip_non_finite": True, "bad": torch.nan, "sizes": [7]},
     ),
     "decoupled sign": (
         [("change += weight * difference", "change -= weight * difference")],

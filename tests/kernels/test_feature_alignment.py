@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastppt_kernels import feature_alignment_loss, feature_statistics
+from fastppt_kernels import align_features, feature_alignment_loss, feature_statistics
 from fastppt_kernels.feature_alignment import op
 from fastppt_kernels.feature_alignment.reference import (
     feature_alignment_reference,
@@ -246,8 +246,10 @@ def test_nothing_is_read_on_the_host():
     # The mode does not see into an operation.
     with ForbidHostReads():
         mean, std = op.plain_statistics(features, EPS)
-        op.plain_backward(features, mean, std, base_mean, base_std)
+        op.plain_backward(features, mean, std, base_mean, base_std, features)
         feature_alignment_loss(features.requires_grad_(), base_mean, base_std)[0].backward()
+        aligned, mean_loss, _ = align_features(features, base_mean, base_std)
+        (aligned.sum() + mean_loss).backward()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
@@ -259,7 +261,8 @@ def test_opcheck_is_green(lay, dtype):
     torch.library.opcheck(op._alignment, (features, base_mean, base_std, EPS))
     mean, std = feature_statistics(features.detach())
     arguments = (features.detach(), mean, std, None, None, base_mean, base_std)
-    torch.library.opcheck(op._backward, arguments)
+    torch.library.opcheck(op._backward, (*arguments, None))
+    torch.library.opcheck(op._backward, (*arguments, torch.ones_like(features.detach())))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -280,7 +283,7 @@ def test_compiled_equals_eager(backend):
     assert worst_error(*results) < 1e-6
 
 
-@pytest.mark.parametrize("run", [feature_statistics, feature_alignment_loss])
+@pytest.mark.parametrize("run", [feature_statistics, feature_alignment_loss, align_features])
 def test_a_second_derivative_is_refused(run):
     features, *base = make((2, 7, 3, 5))
     leaf = features.requires_grad_()
@@ -288,6 +291,157 @@ def test_a_second_derivative_is_refused(run):
     (grad,) = torch.autograd.grad(results[1].sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again; call backward without"):
         grad.sum().backward()
+
+
+def read(values):
+    """A loss by a consumer of the features, so that each element's gradient is its own."""
+    return (values.double() * torch.arange(1.0, values.numel() + 1).view(values.shape).sin()).sum()
+
+
+def check_aligned(features, base_mean, base_std, channel_dim=1, run=align_features):
+    """Compare the gradient of features that two others read, and of the losses, with float64."""
+    leaf = features.detach().requires_grad_()
+    aligned, *losses = run(leaf, base_mean, base_std, channel_dim=channel_dim, eps=EPS)
+    assert torch.equal(aligned, features)
+    assert (aligned.dtype, aligned.stride()) == (features.dtype, features.stride())
+    plain = feature_alignment_loss(leaf, base_mean, base_std, channel_dim=channel_dim, eps=EPS)
+    assert all(map(torch.equal, losses, plain))
+    total = sum(w * x for w, x in zip(WEIGHTS, losses, strict=True))
+    (grad,) = torch.autograd.grad(1e-2 * (read(aligned) + read(aligned * 2)) + total, leaf)
+    exact = features.detach().double().requires_grad_()
+    wanted = feature_alignment_reference(
+        exact, base_mean, base_std, channel_dim=channel_dim, eps=EPS
+    )
+    total = sum(w * x for w, x in zip(WEIGHTS, wanted, strict=True))
+    wanted_grads = torch.autograd.grad(1e-2 * (read(exact) + read(exact * 2)) + total, exact)
+    dtype = features.dtype
+    assert worst_error([grad], wanted_grads) <= GRAD_TOLERANCES[dtype]
+    assert (grad.dtype, grad.stride()) == (dtype, torch.empty_like(features).stride())
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_features_that_go_on_have_both_gradients(shape, dtype):
+    check_aligned(*make(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+@pytest.mark.parametrize(("lay", "channel_dim"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_features_of_every_layout_go_on_with_both_gradients(lay, channel_dim, dtype):
+    features, base_mean, base_std = make((2, 6, 5, 8), dtype)
+    check_aligned(lay(features), base_mean, base_std, channel_dim)
+
+
+# What flows into the features, where they are [B, C, H, W] and contiguous.
+INCOMING = {
+    "alike": torch.clone,
+    "channels_last": channels_last,
+    "of another dtype": torch.Tensor.float,
+    "the same for all": lambda values: values.new_ones(()).expand(values.shape),
+}
+
+
+@pytest.mark.parametrize("lay", INCOMING.values(), ids=INCOMING.keys())
+def test_what_flows_in_may_have_a_layout_of_its_own(lay):
+    features, base_mean, base_std = make((2, 6, 5, 8), BF16)
+    incoming = lay(draw_tensors([features.shape], seed=3)[0].to(BF16))
+    mean, std = feature_statistics(features)
+    given = (features, mean, std, base_mean, base_std, *torch.tensor(WEIGHTS))
+    grad = op._backward(*given, incoming)
+    assert grad.stride() == features.stride() and grad.dtype == BF16
+    assert torch.equal(grad, op._backward(*given, incoming.to(BF16).contiguous()))
+    alone = op._backward(*(t.double() for t in given), None)
+    wanted = incoming.double() + alone
+    # Rounded once, to the nearest.
+    assert torch.equal(grad, wanted.float().to(BF16))
+
+
+def test_both_gradients_are_rounded_together():
+    features, *base = make((2, 6, 15, 18), BF16)
+    exact, leaf, other = (features.to(d).requires_grad_() for d in (F64, BF16, BF16))
+    results = []
+    for values, run in ((exact, feature_alignment_reference), (other, feature_alignment_loss)):
+        losses = run(values, *base, eps=EPS)
+        results += torch.autograd.grad(1e-3 * read(values) + sum(losses), values)
+    aligned, *losses = align_features(leaf, *base, eps=EPS)
+    (grad,) = torch.autograd.grad(1e-3 * read(aligned) + sum(losses), leaf)
+    wanted, apart = results
+    assert 1.2 * worst_error([grad], [wanted]) < worst_error([apart], [wanted])
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_features_of_the_base_pass_their_gradient_on_bit_by_bit(dtype):
+    features = make((2, 6, 5, 8), dtype)[0].requires_grad_()
+    base = feature_statistics(features.detach())
+    aligned, *losses = align_features(features, *base)
+    incoming = draw_tensors([features.shape], seed=3)[0].to(dtype)
+    ((aligned * incoming).sum() + sum(losses)).backward()
+    assert torch.equal(features.grad, incoming)
+
+
+@pytest.mark.parametrize("read_ones", [[0], [1], [2], [1, 2], [0, 2]])
+def test_any_of_the_three_may_be_left_unread(read_ones):
+    features, *base = make((2, 7, 7, 5))
+    grads = []
+    for run in (align_features, lambda x, *base: (x, *feature_alignment_reference(x, *base))):
+        leaf = features.clone().requires_grad_()
+        results = run(leaf, *base)
+        total = sum(read(results[i]) if i == 0 else results[i] for i in read_ones)
+        grads += torch.autograd.grad(total, leaf)
+    assert worst_error(grads[:1], grads[1:]) <= 1e-12
+
+
+def test_the_features_that_go_on_are_no_copy_and_refuse_to_be_written():
+    features, *base = make((2, 3, 4, 4))
+    leaf = features.requires_grad_()
+    aligned = align_features(leaf, *base)[0]
+    assert aligned.data_ptr() == leaf.data_ptr()
+    with pytest.raises(RuntimeError, match="being modified inplace"):
+        aligned.add_(1)
+
+
+class Layer(torch.nn.Module):
+    """A layer whose output a hook replaces, and what reads it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.inner = torch.nn.Conv2d(7, 7, 1, dtype=F64)
+        self.outer = torch.nn.Conv2d(7, 2, 1, dtype=F64)
+        self.base, self.losses = base, ()
+        for param, values in zip(
+            self.parameters(), draw_tensors([p.shape for p in self.parameters()]), strict=True
+        ):
+            param.data = values
+        self.inner.register_forward_hook(self.align)
+
+    def align(self, layer, inputs, output):
+        aligned, *self.losses = align_features(output, *self.base)
+        return aligned
+
+    def forward(self, values):
+        return self.outer(self.inner(values).sin())
+
+
+def run_layer(base, features, *, compiled=False, checkpointed=False):
+    """Return the gradients of the features and of the layer's parameters."""
+    layer = Layer(base)
+    if compiled:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    leaf = features.clone().requires_grad_()
+    if checkpointed:
+        out = torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=False)
+    else:
+        out = layer(leaf)
+    (read(out) + sum(layer.losses)).backward()
+    return [leaf.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize(("compiled", "checkpointed"), [(0, 1), (1, 0), (1, 1)])
+def test_a_hook_replaces_features_in_compiled_and_in_checkpointed_layers(compiled, checkpointed):
+    features, *base = make((2, 7, 3, 5))
+    wanted = run_layer(base, features)
+    given = run_layer(base, features, compiled=compiled, checkpointed=checkpointed)
+    assert worst_error(given, wanted) <= 1e-12
 
 
 WRONG = {
@@ -304,12 +458,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("spoilt", "message"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_input_is_named(spoilt, message):
+@pytest.mark.parametrize("run", [feature_alignment_loss, align_features])
+def test_wrong_input_is_named(run, spoilt, message):
     right = {"features": torch.ones(2, 3, 4), "base_mean": torch.ones(2, 3)}
     right |= {"base_std": torch.ones(2, 3)}
-    feature_alignment_loss(**right)
+    run(**right)
     with pytest.raises(ValueError, match=message):
-        feature_alignment_loss(**right | spoilt)
+        run(**right | spoilt)
 
 
 def planted(deviations=None, mean_of=None, gradient=lambda grad: grad):
@@ -355,3 +510,26 @@ def test_the_reference_without_a_fault_is_green():
 def test_a_planted_fault_turns_the_comparison_red(fault):
     with pytest.raises(AssertionError):
         check(*make((2, 7, 9, 7)), run=fault)
+
+
+ALIGNED_FAULTS = {
+    "nothing flows on": lambda grad, incoming: grad,
+    "the losses have no gradient": lambda grad, incoming: incoming.clone(),
+    "added twice": lambda grad, incoming: grad + 2 * incoming,
+    "wrong sign": lambda grad, incoming: incoming - grad,
+    "channels exchanged": lambda grad, incoming: grad + incoming.flip(1),
+}
+
+
+@pytest.mark.parametrize("fault", ALIGNED_FAULTS.values(), ids=ALIGNED_FAULTS.keys())
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_a_fault_in_how_the_gradient_is_added_turns_the_comparison_red(monkeypatch, fault, dtype):
+    backward = op.plain_backward
+
+    def planted(*given):
+        return fault(backward(*given[:-1], None), given[-1])
+
+    check_aligned(*make((2, 7, 9, 7), dtype))
+    monkeypatch.setattr(op, "plain_backward", planted)
+    with pytest.raises(AssertionError):
+        check_aligned(*make((2, 7, 9, 7), dtype))

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fastppt_kernels import feature_alignment_loss, feature_statistics
+from fastppt_kernels import align_features, feature_alignment_loss, feature_statistics
 from fastppt_kernels.feature_alignment import launch, op
 from fastppt_kernels.feature_alignment.reference import (
     feature_alignment_reference,
@@ -102,6 +102,7 @@ def make(shape, dtype, device, mean=2.0):
 
 def check(features, base_mean, base_std):
     """Compare statistics, losses and gradients with float64 on the same values."""
+    check_aligned(features, base_mean, base_std)
     exact = features.detach().double().requires_grad_()
     leaf = features.detach().requires_grad_()
     # A leaf of these strides, whatever they are.
@@ -121,6 +122,24 @@ def check(features, base_mean, base_std):
         (wanted_grad,) = torch.autograd.grad(wanted_total, exact)
         assert worst_error([grad], [wanted_grad]) <= GRAD_TOLERANCES[features.dtype]
         assert grad.stride() == torch.empty_like(features).stride()
+
+
+def check_aligned(features, base_mean, base_std):
+    """Compare the gradient of features that go on, added to what flows into them, with float64."""
+    leaf = features.detach().requires_grad_()
+    exact = features.detach().double().requires_grad_()
+    incoming = draw_tensors([features.shape], seed=3)[0].to(features)
+    incoming = torch.empty_like(features).copy_(1e-2 * incoming)
+    aligned, *losses = align_features(leaf, base_mean, base_std, eps=EPS)
+    assert torch.equal(aligned, features)
+    wanted_losses = feature_alignment_reference(exact, base_mean, base_std, eps=EPS)
+    total, wanted_total = (
+        sum(w * t for w, t in zip(WEIGHTS, both, strict=True)) for both in (losses, wanted_losses)
+    )
+    (grad,) = torch.autograd.grad([aligned, total], leaf, [incoming, None])
+    (wanted,) = torch.autograd.grad(wanted_total, exact)
+    assert worst_error([grad], [wanted + incoming.double()]) <= GRAD_TOLERANCES[features.dtype]
+    assert grad.stride() == torch.empty_like(features).stride()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -201,6 +220,55 @@ def test_features_of_the_base_have_no_loss_and_no_gradient(device, lay, dtype):
     assert not features.grad.any()
 
 
+# What flows into features, their layout, and whether it is read where it lies.
+INCOMING = {
+    "some of the channels": (torch.clone, lambda v: inside(v, (0, 2, 0, 0), (0, 3, 0, 0)), True),
+    "some of the channels of channels_last": (
+        channels_last,
+        lambda v: inside(v.permute(0, 2, 3, 1), (0, 0, 0, 2), (0, 0, 0, 3)).permute(0, 3, 1, 2),
+        True,
+    ),
+    "channels_last": (torch.clone, channels_last, False),
+    "contiguous": (channels_last, torch.clone, False),
+    "a crop": (torch.clone, lambda v: inside(v, (1, 2, 1, 3), (0, 1, 2, 1)), False),
+    "the same for all": (torch.clone, lambda v: v[:1, :1, :1, :1].expand_as(v), False),
+    "of a crop": (lambda v: inside(v, (1, 2, 1, 3), (0, 1, 2, 1)), torch.clone, True),
+}
+
+
+@pytest.mark.parametrize(("lay", "lay_incoming", "is_read"), INCOMING.values(), ids=INCOMING.keys())
+@pytest.mark.parametrize("shape", [(2, 6, 5, 8), (2, 16, 4, 8), (1, 3, 1, 7), (3, 1, 1, 1)])
+@pytest.mark.usefixtures("_poisoned_scratch")
+def test_what_flows_in_may_have_strides_of_its_own(device, lay, lay_incoming, is_read, shape):
+    values, *base = make(shape, BF16, device)
+    features = lay(values)
+    mean, std = feature_statistics(features)
+    incoming = lay_incoming(values.cos())
+    given = (features, mean, std, *base, *torch.tensor(WEIGHTS, device=device))
+    grad = op._backward(*given, incoming)
+    assert grad.stride() == torch.empty_like(features).stride()
+    assert torch.equal(grad, op._backward(*given, torch.empty_like(grad).copy_(incoming)))
+    if shape[1] > 1 and values[0, 0].numel() > 7:
+        assert launch.lies_like(incoming, grad) == is_read
+
+
+def test_what_flows_in_may_need_more_strides_than_the_features():
+    values = torch.ones(2, 3, 4, 6, 8)
+    assert not launch.lies_like(inside(values, (0, 0, 1, 1, 1), (0, 0, 1, 1, 1)), values)
+    assert launch.lies_like(inside(values, (0, 1, 0, 0, 0), (0, 0, 0, 0, 0)), values)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("lay", [torch.clone, channels_last])
+def test_features_of_the_base_pass_their_gradient_on_bit_by_bit(device, dtype, lay):
+    features = lay(make((2, 67, 5, 13), dtype, device)[0]).requires_grad_()
+    base = feature_statistics(features.detach())
+    aligned, *losses = align_features(features, *base)
+    incoming = lay(draw_tensors([features.shape], seed=3)[0].to(features))
+    torch.autograd.backward([aligned, sum(losses)], [incoming, None])
+    assert torch.equal(features.grad, incoming)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.7, -1000.0])
 def test_features_without_variance_have_finite_losses_and_gradients(device, value):
     features = torch.full((2, 3, 5, 5), value, device=device, requires_grad=True)
@@ -245,7 +313,9 @@ def test_nothing_is_read_on_the_host_and_no_feature_is_copied(device):
         with pytest.raises(AssertionError):
             crop.contiguous()
         mean, std, mean_loss, _ = launch.launch_statistics(crop, (base_mean, base_std), EPS)
-        launch.launch_backward(crop, mean, std, (base_mean, base_std), mean_loss, mean_loss)
+        base = (base_mean, base_std)
+        grad = launch.launch_backward(crop, mean, std, base, mean_loss, mean_loss, None)
+        launch.launch_backward(crop, mean, std, base, mean_loss, mean_loss, grad)
 
 
 def test_float64_takes_the_plain_path(device):
@@ -300,6 +370,11 @@ FAULTS = {
     "std once too often": [("std_grad / (count * std)", "std_grad / (count * std * std)")],
     "factor 2 missing": [("factor = 2.0 /", "factor = 1.0 /")],
     "one sample read for all": [("sample.to(tl.int64) * stride_b", "sample.to(tl.int64) * 0")],
+    "what flows in is not read": [("if incoming_ptr is not None:", "if False:")],
+    "what flows in, read where the features are": [
+        ("tl.load(incoming_ptr + incoming_offsets", "tl.load(incoming_ptr + offsets")
+    ],
+    "what flows in takes the gradient's place": [("grad += tl.load(", "grad = tl.load(")],
     "rows of a crop": [("row.to(tl.int64) * stride_h", "row.to(tl.int64) * width")],
 }
 
@@ -390,10 +465,11 @@ def test_compiled_and_replayed_equal_eager_and_nothing_waits_for_the_device():
     features, *base = make((2, 64, 16, 16), BF16, "cuda")
 
     def run(leaf):
-        losses = feature_alignment_loss(leaf, *base)
-        return torch.autograd.grad(losses[0] + 0.7 * losses[1], leaf)[0]
+        aligned, mean_loss, std_loss = align_features(leaf, *base)
+        return torch.autograd.grad([aligned, mean_loss + 0.7 * std_loss], leaf, [incoming, None])[0]
 
     leaf = features.clone().requires_grad_()
+    incoming = torch.sin(features)
     wanted = run(leaf)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -405,7 +481,13 @@ def test_compiled_and_replayed_equal_eager_and_nothing_waits_for_the_device():
         replayed = run(leaf)
     graph.replay()
     assert torch.equal(replayed, wanted)
-    compiled = torch.compile(lambda x: sum(feature_alignment_loss(x, *base)), fullgraph=True)
+
+    def total(leaf):
+        aligned, *losses = align_features(leaf, *base)
+        return (aligned * incoming).sum() + sum(losses) + sum(feature_alignment_loss(leaf, *base))
+
+    compiled = torch.compile(total, fullgraph=True)
     (grad,) = torch.autograd.grad(compiled(leaf), leaf)
-    (eager,) = torch.autograd.grad(sum(feature_alignment_loss(leaf, *base)), leaf)
-    assert torch.equal(grad, eager)
+    (eager,) = torch.autograd.grad(total(leaf), leaf)
+    # The sum of the two gradients is rounded by Inductor's addition or by autograd's.
+    torch.testing.assert_close(grad, eager, rtol=2**-7, atol=1e-4)

@@ -595,6 +595,117 @@ def test_a_flag_makes_a_step_a_no_op(form, dtype):
     assert all(map(torch.equal, *runs))
 
 
+def bits_of(tensors):
+    return [t.detach().reshape(-1).view(torch.uint8).clone() for t in tensors]
+
+
+def make_guarded(form, dtype=torch.float32, **options):
+    """Two groups with working copies: the second is never bad itself."""
+    params = make_params(dtype)
+    copies = [p.detach().to(torch.bfloat16) for p in params]
+    groups = [
+        {"params": params[:2], "working_copy": copies[:2], "lr": 2 * LR},
+        {"params": params[2:], "working_copy": copies[2:]},
+    ]
+    if form == "effective":
+        for group, pair in zip(groups, pairs_of(params), strict=True):
+            group["lora_pairs"] = [pair]
+    optimizer = AnchoredAdamW(
+        groups, form=form, weight_decay=DECAY, anchor_weight=WEIGHT, **options
+    )
+    return params, copies, optimizer
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_grad_norm", [None, MAX_NORM])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_step_that_is_not_finite_leaves_every_bit_as_it_was(form, dtype, max_grad_norm, bad):
+    runs = []
+    for is_bad in (False, True):
+        params, copies, optimizer = make_guarded(form, dtype, max_grad_norm=max_grad_norm)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(params, step).backward()
+            written = [*params, *copies, *(t for p in params for t in optimizer.state[p].values())]
+            if is_bad and step == 2:
+                grads, before = [p.grad.clone() for p in params], bits_of(written)
+                params[1].grad[2, 1] = bad
+                with ForbidHostReads():
+                    optimizer.step(skip_non_finite=True)
+                assert not optimizer.grad_norm.isfinite() and optimizer.penalty.isfinite()
+                assert optimizer.skipped.dtype == torch.bool and optimizer.skipped
+                assert all(map(torch.equal, bits_of(written), before))
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+            with ForbidHostReads():
+                optimizer.step(skip_non_finite=True)
+            assert not optimizer.skipped
+        runs.append(bits_of(written))
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_step_is_skipped_by_its_norm_or_by_the_flag(skip, bad):
+    params, _, optimizer = make_guarded("raw")
+    loss_of(params, 0).backward()
+    if bad:
+        params[3].grad[1] = math.nan
+    before = bits_of(params)
+    optimizer.step(skip=torch.tensor(3.0 * skip), skip_non_finite=True)
+    assert optimizer.skipped == (skip or bad)
+    assert all(map(torch.equal, bits_of(params), before)) == (skip or bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_gradients_whose_squares_overflow_count_as_not_finite(dtype):
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    param.grad = torch.full_like(param, 1e30)
+    optimizer = AnchoredAdamW([param], max_grad_norm=1.0)
+    optimizer.step(skip_non_finite=True)
+    assert optimizer.skipped == (dtype == torch.float32)
+    assert optimizer.grad_norm.isinf() == optimizer.skipped
+
+
+@pytest.mark.parametrize("form", ["raw", "decoupled"])
+def test_a_skipped_step_keeps_the_sign_of_a_zero(form):
+    param = torch.nn.Parameter(torch.full((17,), -0.0))
+    param.grad = torch.full_like(param, math.nan)
+    optimizer = AnchoredAdamW(
+        [param], anchor_weight=WEIGHT, anchor=[torch.ones(17)], form=form, max_grad_norm=1.0
+    )
+    optimizer.step(skip_non_finite=True)
+    assert optimizer.skipped and param.signbit().all()
+
+
+def test_a_step_that_is_not_asked_to_skip_says_so():
+    params, _, optimizer = make_guarded("raw")
+    assert not optimizer.skipped
+    loss_of(params, 0).backward()
+    params[0].grad[0, 0] = math.nan
+    optimizer.step()
+    assert not optimizer.skipped
+    assert params[0].isnan().any()
+    optimizer.zero_grad()
+    optimizer.step(skip_non_finite=True)
+    assert not optimizer.skipped
+
+
+def test_a_skipped_step_returns_the_loss_of_its_closure():
+    params, _, optimizer = make_guarded("raw")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(params, 0) * math.inf
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure, skip_non_finite=True) == math.inf
+    assert optimizer.skipped
+    assert copy.deepcopy(optimizer).skipped
+
+
 def test_gradients_that_are_not_finite_do_what_clip_grad_norm_does():
     for bad in (math.nan, math.inf):
         params, others = make_params(), make_params()
@@ -780,14 +891,14 @@ FAULTS = {
     "anchor not in the clip norm": (
         "raw",
         [
-            ("            squares += _squares(grads)\n", ""),
+            ("        squares += _squares(grads)\n", ""),
             (
-                "grads = chunk[0]\n",
-                "grads = chunk[0]\n            squares += _squares(grads)\n",
+                "anchors in _cut(batch):\n        if batch",
+                "anchors in _cut(batch):\n        squares += _squares(grads)\n        if batch",
             ),
         ],
     ),
-    "anchor not read": ("raw", [("_foreach_sub(params, anchors)", "_foreach_mul(params, 1)")]),
+    "anchor not read": ("raw", [("    if not anchors:\n", "    if True:\n")]),
     "decoupled sign": (
         "decoupled",
         [("_foreach_sub_(params, pulls)", "_foreach_add_(params, pulls)")],
@@ -809,6 +920,28 @@ def test_a_planted_fault_turns_the_oracle_test_red(
     plant(monkeypatch, tmp_path, faults)
     with pytest.raises(AssertionError):
         check_against_oracle(form, dtype, tolerance)
+
+
+SKIP_FAULTS = {
+    "NaN passes for finite": ("raw", math.nan, ("~grad_norm.isfinite()", "grad_norm.isinf()")),
+    "infinity passes for finite": ("raw", math.inf, ("~grad_norm.isfinite()", "grad_norm.isnan()")),
+    "steps counted": ("raw", math.nan, ("[1 - found_inf] * len", "[1 - 0 * found_inf] * len")),
+    "moments written": ("raw", math.nan, ("found_inf=found_inf", "found_inf=None")),
+    "decoupled pull all the same": (
+        "decoupled",
+        math.nan,
+        ("lr = lr * (1 - skipped", "lr = lr * (1 - 0 * skipped"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "bad", "fault"), SKIP_FAULTS.values(), ids=SKIP_FAULTS.keys())
+def test_a_planted_fault_turns_the_skipped_step_red(monkeypatch, tmp_path, form, bad, fault):
+    check = test_a_step_that_is_not_finite_leaves_every_bit_as_it_was
+    check(form, torch.float32, MAX_NORM, bad)
+    plant(monkeypatch, tmp_path, [fault])
+    with pytest.raises(AssertionError):
+        check(form, torch.float32, MAX_NORM, bad)
 
 
 def effective_of(sign, factor):

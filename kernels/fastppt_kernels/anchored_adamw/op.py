@@ -110,8 +110,9 @@ def anchored_adamw_(
     *,
     extra_penalties: Sequence[Tensor] = (),
     skip: Tensor | None = None,
+    skip_non_finite: bool = False,
     launcher: Launcher | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of AdamW in place, with the pull to the anchor and the clip.
 
     d = theta - theta_0,   penalty = sum over batches of anchor_weight ||d||^2
@@ -127,14 +128,17 @@ def anchored_adamw_(
         batches: At least one; none without parameters. See :class:`Batch` for what is written;
             gradients may be, and hold nothing of use afterwards.
         max_grad_norm: The largest norm; None: no clip. A norm of NaN makes all NaN, an infinite
-            one zeros, as torch's clip does.
+            one zeros, as torch's clip does, unless ``skip_non_finite``.
         extra_penalties: 0-dim tensors, added to the penalty: of pulls that are in the gradients
             already.
         skip: 0-dim tensor; where it is not 0, parameters, moments, steps and copies stay.
+        skip_non_finite: They stay as well where grad_norm is NaN or infinite, be it that the sum
+            of the squares of finite gradients is more than its dtype holds.
         launcher: Keeps float options on the device between steps; None: they are written anew.
 
     Returns:
-        penalty and grad_norm, 0-dim, on the device of the first parameter.
+        penalty, grad_norm, and, as a bool, whether the step was skipped; 0-dim, on the device of
+        the first parameter.
 
     On a GPU two launches for each group and one for all, whatever the number of tensors; on the
     CPU, and for float64 or parameters that are not dense, plain PyTorch.
@@ -147,8 +151,8 @@ def anchored_adamw_(
     """
     if _fit_kernels(batches):
         launcher = Launcher() if launcher is None else launcher
-        return _launch_(batches, max_grad_norm, extra_penalties, skip, launcher)
-    return plain_step_(batches, max_grad_norm, extra_penalties, skip)
+        return _launch_(batches, max_grad_norm, extra_penalties, skip, skip_non_finite, launcher)
+    return plain_step_(batches, max_grad_norm, extra_penalties, skip, skip_non_finite)
 
 
 def _fit_kernels(batches: Sequence[Batch]) -> bool:
@@ -178,8 +182,9 @@ def _launch_(
     max_grad_norm: float | None,
     extra_penalties: Sequence[Tensor],
     skip: Tensor | None,
+    skip_non_finite: bool,
     launcher: Launcher,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from fastppt_kernels.anchored_adamw import triton_kernel as kernels
 
     first = batches[0].params[0]
@@ -191,6 +196,8 @@ def _launch_(
     partials = torch.empty(2, num_chunks, device=device)
     corrections = torch.empty(num_params, 2, device=device)
     result = torch.empty(3, device=device)
+    skipped = torch.empty((), dtype=torch.uint8, device=device)
+    may_skip = skip is not None or skip_non_finite
     flag = None
     if skip is not None:
         flag = (skip if skip.dtype == torch.bool else skip != 0).to(device).view(torch.uint8)
@@ -224,10 +231,12 @@ def _launch_(
             _step_table(batches),
             corrections,
             result,
+            skipped,
             0.0 if max_grad_norm is None else float(max_grad_norm),
             num_chunks,
             num_params,
             HAS_CLIP=max_grad_norm is not None,
+            SKIP_NON_FINITE=skip_non_finite,
             BLOCK_SIZE=REDUCE_SIZE,
             num_warps=NUM_WARPS,
         )
@@ -241,7 +250,7 @@ def _launch_(
                     weights[number],
                     corrections,
                     result,
-                    flag,
+                    skipped if may_skip else None,
                     first_param,
                     float(beta2),
                     1.0 - beta1,
@@ -253,7 +262,7 @@ def _launch_(
                     **options,
                 )
             first_param += len(batch.params)
-    return result[0], result[1]
+    return result[0], result[1], skipped.view(torch.bool)
 
 
 def _align_gradients(number: int, batch: Batch, launcher: Launcher) -> Batch:
@@ -302,7 +311,7 @@ def kernel_configurations() -> list[KernelConfiguration]:
     flags = (False, True)
     return [
         *(_square_configuration(pull) for pull in PULLS.values()),
-        *(_reduce_configuration(*given) for given in product(flags, flags, flags)),
+        *(_reduce_configuration(*given) for given in product(flags, repeat=4)),
         *(_update_configuration(*given) for given in product(PULLS.values(), flags, flags)),
     ]
 
@@ -327,11 +336,14 @@ def _square_configuration(pull: int) -> KernelConfiguration:
     )
 
 
-def _reduce_configuration(has_extra: bool, has_skip: bool, has_clip: bool) -> KernelConfiguration:
+def _reduce_configuration(
+    has_extra: bool, has_skip: bool, has_clip: bool, skip_non_finite: bool
+) -> KernelConfiguration:
     from fastppt_kernels.anchored_adamw.triton_kernel import anchored_adamw_reduce_kernel
 
     pointers: dict[str, Any] = {} if has_extra else {"extra_penalty_ptr": None}
     pointers |= {} if has_skip else {"skip_ptr": None}
+    flags = {"HAS_CLIP": has_clip, "SKIP_NON_FINITE": skip_non_finite}
     return KernelConfiguration(
         name="anchored_adamw_reduce",
         kernel=anchored_adamw_reduce_kernel,
@@ -342,21 +354,23 @@ def _reduce_configuration(has_extra: bool, has_skip: bool, has_clip: bool) -> Ke
             "step_table_ptr": "*i64",
             "correction_ptr": "*fp32",
             "result_ptr": "*fp32",
+            "skipped_ptr": "*u8",
             "max_grad_norm": "fp32",
             "num_chunks": "i32",
             "num_params": "i32",
             "HAS_CLIP": "constexpr",
+            "SKIP_NON_FINITE": "constexpr",
             "BLOCK_SIZE": "constexpr",
         },
-        constexprs=pointers | {"HAS_CLIP": has_clip, "BLOCK_SIZE": REDUCE_SIZE},
+        constexprs=pointers | flags | {"BLOCK_SIZE": REDUCE_SIZE},
         num_warps=NUM_WARPS,
     )
 
 
-def _update_configuration(pull: int, has_copies: bool, has_skip: bool) -> KernelConfiguration:
+def _update_configuration(pull: int, has_copies: bool, may_skip: bool) -> KernelConfiguration:
     from fastppt_kernels.anchored_adamw.triton_kernel import anchored_adamw_update_kernel
 
-    pointers: dict[str, Any] = {} if has_skip else {"skip_ptr": None}
+    pointers: dict[str, Any] = {} if may_skip else {"skipped_ptr": None}
     return KernelConfiguration(
         name="anchored_adamw_update",
         kernel=anchored_adamw_update_kernel,
@@ -366,7 +380,7 @@ def _update_configuration(pull: int, has_copies: bool, has_skip: bool) -> Kernel
             "weight_ptr": "*fp32",
             "correction_ptr": "*fp32",
             "result_ptr": "*fp32",
-            "skip_ptr": "*u8" if has_skip else "constexpr",
+            "skipped_ptr": "*u8" if may_skip else "constexpr",
             "first_param": "i32",
             "beta2": "fp32",
             "one_minus_beta1": "fp32",

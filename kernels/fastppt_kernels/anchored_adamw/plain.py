@@ -1,6 +1,6 @@
 """The step in plain PyTorch: the fast path on the CPU, and for what the kernels do not take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,20 +26,22 @@ def plain_step_(
     max_grad_norm: float | None,
     extra_penalties: Sequence[Tensor],
     skip: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    skip_non_finite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Take a step as :func:`anchored_adamw_` says, on any device and in any dtypes.
 
     Two passes over memory: anchor, penalty and norm in cache-sized chunks; then clip and AdamW in
     torch's fused kernel. A batch may lie on a device of its own.
 
-    Memory traffic an element, float32, form "raw": 16 bytes, then 28 (32 with a clip).
+    Memory traffic an element, float32: form "raw" 16 bytes, then 28 (32 with a clip); form
+    "decoupled" 12, then 40 (44), as its pull waits for the norm.
     """
     device = batches[0].params[0].device
     penalties = [penalty.to(device) for penalty in extra_penalties]
     squares = []
     wide = [_widen(batch) for batch in batches]
     for batch in wide:
-        penalty, square = _pull_and_square_(batch, skip)
+        penalty, square = _pull_and_square_(batch)
         squares.append(square.to(device))
         if penalty is not None:
             penalties.append(penalty.to(device))
@@ -47,11 +49,17 @@ def plain_step_(
     divisor = None
     if max_grad_norm is not None:
         divisor = ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
+    skipped = None if skip is None else skip.to(device) != 0
+    if skip_non_finite:
+        bad = ~grad_norm.isfinite()
+        skipped = bad if skipped is None else skipped | bad
     for batch, stored in zip(wide, batches, strict=True):
-        _update_(batch, divisor, skip)
+        _update_(batch, divisor, skipped)
         _write_back_(batch, stored)
     penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(grad_norm)
-    return penalty, grad_norm
+    if skipped is None:
+        skipped = torch.zeros((), dtype=torch.bool, device=device)
+    return penalty, grad_norm, skipped
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,52 +89,66 @@ def _widen(batch: Batch) -> Batch:
     return replace(batch, params=params, grads=grads)
 
 
-def _pull_and_square_(batch: Batch, skip: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """Pull to the anchor; return the penalty, if there is an anchor, and ||g||^2 after the pull.
-
-    Form "raw" pulls the gradients, form "decoupled" the parameters, and decays these too.
-    """
+def _pull_and_square_(batch: Batch) -> tuple[Tensor | None, Tensor]:
+    """Return the penalty, if there is an anchor, and ||g||^2, after the pull of form "raw"."""
     device = batch.params[0].device
-    size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     weight = _beside(batch.anchor_weight, device)
-    # A skipped step has a learning rate of 0 here.
-    lr = _beside(batch.lr, device)
-    if skip is not None:
-        lr = lr * (1 - skip.to(device, torch.float32))
     distances: list[Tensor] = []
     squares: list[Tensor] = []
-    for chosen in _alike(batch):
-        anchored = batch.form != "none"
-        has_anchors = anchored and batch.anchors[chosen[0]] is not None
-        lists = [batch.grads, batch.params if anchored else None]
-        members = [_pick(tensors, chosen) for tensors in lists if tensors is not None]
-        if has_anchors:
-            members.append(_pick(batch.anchors, chosen))
-        for chunk in cut_into_chunks(members, size, size):
-            grads = chunk[0]
-            if anchored:
-                params = differences = chunk[1]
-                if has_anchors:
-                    dtype = params[0].dtype
-                    anchors = [a if a.dtype == dtype else a.to(dtype) for a in chunk[2]]
-                    differences = [*torch._foreach_sub(params, anchors)]
-                distances += _squares(differences)
-                if batch.form == "raw":
-                    _add_scaled_(grads, differences, 2 * weight)
-                else:
-                    pulls = torch._foreach_mul(differences, lr * weight)
-                    torch._foreach_mul_(params, 1 - lr * batch.weight_decay)
-                    torch._foreach_sub_(params, pulls)
-            squares += _squares(grads)
+    for grads, params, anchors in _cut(batch):
+        if batch.form != "none":
+            differences = _subtract(params, anchors)
+            distances += _squares(differences)
+            if batch.form == "raw":
+                _add_scaled_(grads, differences, 2 * weight)
+        squares += _squares(grads)
     penalty = weight * torch.stack(distances).sum() if distances else None
     return penalty, torch.stack(squares).sum()
 
 
-def _update_(batch: Batch, divisor: Tensor | None, skip: Tensor | None) -> None:
-    """Divide the gradients by ``divisor`` and make torch's AdamW step."""
+def _decay_and_pull_(batch: Batch, skipped: Tensor | None) -> None:
+    """Decay the parameters and pull them to the anchor, both of their values before the step."""
+    device = batch.params[0].device
+    weight = _beside(batch.anchor_weight, device)
+    lr = _beside(batch.lr, device)
+    if skipped is not None:
+        lr = lr * (1 - skipped.to(device, torch.float32))
+    for _, params, anchors in _cut(batch):
+        pulls = torch._foreach_mul(_subtract(params, anchors), lr * weight)
+        if skipped is not None:
+            # Of a skipped step they are 0 or -0, and -0 - -0 would be 0.
+            torch._foreach_add_(pulls, 0.0)
+        torch._foreach_mul_(params, 1 - lr * batch.weight_decay)
+        torch._foreach_sub_(params, pulls)
+
+
+def _cut(batch: Batch) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Yield gradients, parameters and anchors of a cache's size; no anchors where they are zero."""
+    size = CPU_CHUNK if batch.params[0].device.type == "cpu" else DEVICE_CHUNK
+    for chosen in _alike(batch):
+        members = [_pick(batch.grads, chosen), _pick(batch.params, chosen)]
+        has_anchors = batch.form != "none" and batch.anchors[chosen[0]] is not None
+        if has_anchors:
+            members.append(_pick(batch.anchors, chosen))
+        for chunk in cut_into_chunks(members, size, size):
+            yield chunk[0], chunk[1], chunk[2] if has_anchors else []
+
+
+def _subtract(params: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
+    """Return theta - theta_0, in theta's dtype."""
+    if not anchors:
+        return params
+    dtype = params[0].dtype
+    return [*torch._foreach_sub(params, [a if a.dtype == dtype else a.to(dtype) for a in anchors])]
+
+
+def _update_(batch: Batch, divisor: Tensor | None, skipped: Tensor | None) -> None:
+    """Make torch's AdamW step with the gradients over ``divisor``, and the decoupled pull."""
+    if batch.form == "decoupled":
+        _decay_and_pull_(batch, skipped)
     beta1, beta2 = batch.betas
     device = batch.params[0].device
-    found_inf = None if skip is None else skip.to(device, torch.float32)
+    found_inf = None if skipped is None else skipped.to(device, torch.float32)
     lr = _beside(batch.lr, device)
     if found_inf is None:
         torch._foreach_add_(batch.steps, 1)

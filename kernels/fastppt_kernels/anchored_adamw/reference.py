@@ -10,7 +10,11 @@ from fastppt_kernels.anchored_adamw.batch import Batch
 
 
 def anchored_adamw_reference(
-    batches: Sequence[Batch], max_grad_norm: float | None = None, *, skip: bool = False
+    batches: Sequence[Batch],
+    max_grad_norm: float | None = None,
+    *,
+    skip: bool = False,
+    skip_non_finite: bool = False,
 ) -> tuple[list[Batch], Tensor, Tensor]:
     """Return what a step makes of the batches, the penalty and the gradient's norm, in float64.
 
@@ -29,6 +33,7 @@ def anchored_adamw_reference(
         batches: Of any floating-point dtypes. Not written.
         max_grad_norm: None: no clip.
         skip: Nothing moves; penalty and norm are those of a step that is not skipped.
+        skip_non_finite: Nor does anything where grad_norm is NaN or infinite.
 
     Returns:
         New batches with float64 tensors (the gradients after anchor and clip, the copies those
@@ -61,7 +66,7 @@ def anchored_adamw_reference(
         coupled.append(wide)
         differences.append(d)
     grad_norm = squares.sqrt()
-    if skip:
+    if skip or (skip_non_finite and not grad_norm.isfinite()):
         return coupled, penalty, grad_norm
     coefficient = torch.ones(())
     if max_grad_norm is not None:

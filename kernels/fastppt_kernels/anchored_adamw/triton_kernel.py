@@ -173,16 +173,19 @@ def anchored_adamw_reduce_kernel(
     step_table_ptr,
     correction_ptr,
     result_ptr,
+    skipped_ptr,
     max_grad_norm,
     num_chunks,
     num_params,
     HAS_CLIP: tl.constexpr,  # noqa: N803
+    SKIP_NON_FINITE: tl.constexpr,  # noqa: N803
     BLOCK_SIZE: tl.constexpr,  # noqa: N803
 ):
-    """Write penalty, grad_norm and clip coefficient; count the step; write bias corrections.
+    """Write penalty, grad_norm and clip coefficient; say whether the step is skipped, or count it.
 
     coefficient = min(1, max_grad_norm / (grad_norm + 1e-6)), NaN where the norm is
     corrections = 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    skipped = skip != 0, or with SKIP_NON_FINITE not grad_norm < inf
 
     One program, so that every sum has one order. Sums of partials and corrections in float64.
 
@@ -191,15 +194,17 @@ def anchored_adamw_reduce_kernel(
     Args:
         partial_ptr: float32 [2, num_chunks], from the kernel above.
         extra_penalty_ptr: float32 [], added to the penalty; or None.
-        skip_ptr: uint8 []: where it is not 0 the steps are not counted; or None.
+        skip_ptr: uint8 []: where it is not 0 the step is skipped; or None.
         step_table_ptr: int64 [num_params, 3]: the address of t, a float32 that is written; the
-            bits of log(beta1) and of log(beta2) in float64.
+            bits of log(beta1) and of log(beta2) in float64. A skipped step is not counted.
         correction_ptr: float32 [num_params, 2]; written.
         result_ptr: float32 [3]; written.
+        skipped_ptr: uint8 [], 0 or 1; written.
         max_grad_norm: float32.
         num_chunks: Of all groups.
         num_params: Of all groups.
         HAS_CLIP: False: the coefficient is 1.
+        SKIP_NON_FINITE: Skip a step whose norm is NaN or infinite, as a float32.
         BLOCK_SIZE: Partials or parameters worked on at a time.
     """
     offsets = tl.arange(0, BLOCK_SIZE)
@@ -225,9 +230,14 @@ def anchored_adamw_reduce_kernel(
         coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)
     tl.store(result_ptr + 2, coefficient)
 
-    counts = True
+    skipped = 0
     if skip_ptr is not None:
-        counts = tl.load(skip_ptr) == 0
+        skipped = (tl.load(skip_ptr) != 0).to(tl.uint8)
+    if SKIP_NON_FINITE:
+        # Nor is NaN less.
+        skipped = tl.where(grad_norm < float("inf"), skipped, 1)
+    tl.store(skipped_ptr, skipped)
+    counts = skipped == 0
     start = 0
     while start < num_params:
         mask = start + offsets < num_params
@@ -385,7 +395,7 @@ def anchored_adamw_update_kernel(
     weight_ptr,
     correction_ptr,
     result_ptr,
-    skip_ptr,
+    skipped_ptr,
     first_param,
     beta2,
     one_minus_beta1,
@@ -414,7 +424,7 @@ def anchored_adamw_update_kernel(
         weight_ptr: float32 [], the anchor's.
         correction_ptr: float32 [parameters of all groups, 2], from the kernel above.
         result_ptr: float32 [3], likewise; the third is the clip coefficient.
-        skip_ptr: uint8 []: where it is not 0 nothing is written; or None.
+        skipped_ptr: uint8 [], likewise: where it is not 0 nothing is written; or None.
         first_param: Where the parameters of this group begin in ``correction_ptr``.
         beta2: float32, as are the four after it.
         one_minus_beta1: Rounded from float64, as beta1 is not needed itself.
@@ -425,7 +435,7 @@ def anchored_adamw_update_kernel(
         HAS_COPIES: Some row has a working copy.
         BLOCK_SIZE: Elements a chunk.
     """
-    moves = tl.load(skip_ptr) == 0 if skip_ptr is not None else True
+    moves = tl.load(skipped_ptr) == 0 if skipped_ptr is not None else True
     if moves:
         row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * ROW
         code = tl.load(row_ptr + 7).to(tl.int32)

@@ -1,6 +1,7 @@
 """The launches of feature alignment: memory layouts, how the work is cut, configurations."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +53,7 @@ def read_strides(*tensors: Tensor) -> list[Strides]:
         ValueError: The dimensions after the second need more than two strides.
     """
     shape = tensors[0].shape
-    # Sizes, and the stride of each tensor; side by side for all of them is one dimension.
-    space: list[tuple[int, list[int]]] = []
-    for dim in range(2, len(shape)):
-        size, strides = shape[dim], [t.stride(dim) for t in tensors]
-        if size == 1:
-            continue
-        if space and space[-1][1] == [size * stride for stride in strides]:
-            space[-1] = (space[-1][0] * size, strides)
-        else:
-            space.append((size, strides))
+    space = _merge_space(tensors)
     if len(space) > 2:
         raise ValueError(
             f"features: got strides {tensors[0].stride()} for shape {tuple(shape)}, "
@@ -79,6 +71,36 @@ def read_strides(*tensors: Tensor) -> list[Strides]:
         )
         for tensor, stride_h, stride_w in zip(tensors, strides_h, strides_w, strict=True)
     ]
+
+
+def _merge_space(tensors: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
+    """Return sizes of the dimensions after the second, and the stride of each tensor in them.
+
+    What lies side by side for all of them is one dimension; one of size 1 is none.
+    """
+    space: list[tuple[int, list[int]]] = []
+    for dim in range(2, tensors[0].dim()):
+        size, strides = tensors[0].shape[dim], [t.stride(dim) for t in tensors]
+        if size == 1:
+            continue
+        if space and space[-1][1] == [size * stride for stride in strides]:
+            space[-1] = (space[-1][0] * size, strides)
+        else:
+            space.append((size, strides))
+    return space
+
+
+def lies_like(tensor: Tensor, other: Tensor) -> bool:
+    """Say whether reading the tensor beside the other, of its shape, goes along both memories.
+
+    A slice of the channels, as a concatenation gives it to its parts in a backward pass, does.
+    """
+    if tensor.stride() == other.stride():
+        return True
+    if len(_merge_space([tensor])) > 1 or len(_merge_space([other])) > 1:
+        return False
+    layout, other_layout = (choose_layout(t, read_strides(t))[0] for t in (tensor, other))
+    return layout == other_layout != "strided"
 
 
 def choose_layout(features: Tensor, strides: list[Strides]) -> tuple[str, bool]:
@@ -191,6 +213,7 @@ def launch_backward(
     base: tuple[Tensor, Tensor] | None,
     mean_grad: Tensor,
     std_grad: Tensor,
+    incoming: Tensor | None,
 ) -> Tensor:
     """Return the gradient of the features, of their memory layout, in one launch.
 
@@ -201,14 +224,19 @@ def launch_backward(
         base: base_mean and base_std, float32 [B, C].
         mean_grad: float32: the gradient of mean_loss with a base, of mean [B, C] without.
         std_grad: float32, alike.
+        incoming: [B, C, ...], what the gradient is added to; None for zeros. Copied where it does
+            not lie like the gradient, or is of another dtype.
     """
     from fastppt_kernels.feature_alignment.triton_kernel import feature_backward_kernel
 
     num_samples, num_channels = features.shape[:2]
     num_positions = features.shape[2:].numel()
     grad = torch.empty_like(features)
-    strides, grad_strides = read_strides(features, grad)
-    layout, aligned = choose_layout(features, [strides, grad_strides])
+    if incoming is not None and not (incoming.dtype == grad.dtype and lies_like(incoming, grad)):
+        incoming = torch.empty_like(grad).copy_(incoming)
+    added = grad if incoming is None else incoming
+    strides, added_strides, grad_strides = read_strides(features, added, grad)
+    layout, aligned = choose_layout(features, [strides, added_strides, grad_strides])
     block_channels, block_positions = TILES[layout]
     base_mean, base_std = (t.contiguous() for t in base) if base else (None, None)
     grid = (
@@ -219,6 +247,7 @@ def launch_backward(
     with device_of(features):
         feature_backward_kernel[grid](
             features,
+            incoming,
             grad,
             mean,
             std,
@@ -233,6 +262,10 @@ def launch_backward(
             strides.c,
             strides.h,
             strides.w,
+            added_strides.b,
+            added_strides.c,
+            added_strides.h,
+            added_strides.w,
             grad_strides.b,
             grad_strides.c,
             grad_strides.h,
@@ -248,6 +281,7 @@ def launch_backward(
 
 _INTEGERS = ("num_channels", "num_positions", "split_tiles", "width")
 _STRIDES = ("stride_b", "stride_c", "stride_h", "stride_w")
+_INCOMING_STRIDES = ("stride_ib", "stride_ic", "stride_ih", "stride_iw")
 _GRAD_STRIDES = ("stride_gb", "stride_gc", "stride_gh", "stride_gw")
 
 
@@ -280,13 +314,20 @@ def kernel_configurations() -> list[KernelConfiguration]:
                     NUM_WARPS,
                 )
             )
-            for base in ("*fp32", "constexpr"):
-                signature = {"feature_ptr": pointer, "feature_grad_ptr": pointer}
+            # The gradient of the statistics alone, of the losses, and of the losses added to g.
+            for base, incoming in (
+                ("constexpr", "constexpr"),
+                ("*fp32", "constexpr"),
+                ("*fp32", pointer),
+            ):
+                signature = {"feature_ptr": pointer, "incoming_ptr": incoming}
+                signature["feature_grad_ptr"] = pointer
                 signature |= dict.fromkeys(("mean_ptr", "std_ptr"), "*fp32")
                 signature |= dict.fromkeys(("base_mean_ptr", "base_std_ptr"), base)
                 signature |= dict.fromkeys(("mean_grad_ptr", "std_grad_ptr"), "*fp32")
                 integers = [n for n in _INTEGERS if n != "split_tiles"]
-                signature |= dict.fromkeys((*integers, *_STRIDES, *_GRAD_STRIDES), "i32")
+                integers += [*_STRIDES, *_INCOMING_STRIDES, *_GRAD_STRIDES]
+                signature |= dict.fromkeys(integers, "i32")
                 configurations.append(
                     KernelConfiguration(
                         f"feature_backward, {dtype}",

@@ -9,7 +9,7 @@ from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.feature_alignment.launch import launch_backward, launch_statistics
 from fastppt_kernels.launch import have_codes, use_triton
 
-# Features of a piece of channels on the CPU, measured: what is computed of them stays in the cache.
+# Features of a piece on the CPU, measured: what is computed of them stays in the cache.
 CPU_PIECE_SIZE = 1 << 18
 
 
@@ -64,6 +64,9 @@ def feature_alignment_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return how far the features' mean and standard deviation are from those of the base.
 
+    For loops that cannot put :func:`align_features` between a layer and what reads its output: that
+    one gives the same losses and has the gradient added in one pass.
+
     mean_loss = mean_b sum_c (mean - base_mean)^2,   std_loss = mean_b sum_c (std - base_std)^2
 
     Source: Adaptive Personalized Training (arXiv 2507.02687), equations 4 and 5.
@@ -94,22 +97,79 @@ def feature_alignment_loss(
         where the pieces are merged.
     """
     values = _check_features(features, channel_dim, eps)
-    dtype = compute_dtype([features])
+    base_mean, base_std = _check_base(features, channel_dim, base_mean, base_std)
+    _, _, mean_loss, std_loss = _alignment(values, base_mean, base_std, eps)
+    return mean_loss, std_loss
+
+
+def align_features(
+    features: Tensor,
+    base_mean: Tensor,
+    base_std: Tensor,
+    *,
+    channel_dim: int = 1,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the features for the network to go on with, and the losses of their statistics.
+
+    A network that reads the returned features in place of those given, as a forward hook can have
+    it, gets both gradients in one pass: with g what flows into the returned ones,
+
+        dx = g + (dmean + dstd * (x - mean) / std) / N
+
+    with dmean and dstd of :func:`feature_alignment_loss`, whose losses these are.
+
+    Args:
+        features: As of :func:`feature_alignment_loss`, as are the next four.
+        base_mean: [B, C].
+        base_std: [B, C].
+        channel_dim: 1 or -1.
+        eps: Added to the variance, > 0.
+
+    Returns:
+        The features, a view of those given, not to be written in place; mean_loss and std_loss,
+        0-dim. Any of the three may be left unread. Differentiating the gradient again raises
+        RuntimeError.
+
+    Raises:
+        ValueError: As :func:`feature_alignment_loss`.
+
+    Rounding: as of :func:`feature_alignment_loss`, but that g is added in float32 (float64 of
+        float64 features) and the sum is rounded once, where autograd rounds both terms and their
+        sum. Exactly g where the features are the base's and finite.
+
+    Memory traffic: forward as of :func:`feature_alignment_loss`. Backward 3 reads or writes a
+        feature; the loss alone takes 2, and autograd 3 more to add it to g. A g that does not lie
+        like the features, channels first or last, is copied before, 2 more. GPU launches: 2,
+        backward 1.
+    """
+    _check_features(features, channel_dim, eps)
+    base_mean, base_std = _check_base(features, channel_dim, base_mean, base_std)
+    aligned: tuple[Tensor, Tensor, Tensor] = _AlignFeatures.apply(  # type: ignore[no-untyped-call]
+        features, base_mean, base_std, channel_dim, eps
+    )
+    return aligned
+
+
+def _check_base(
+    features: Tensor, channel_dim: int, base_mean: Tensor, base_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the base's statistics in the dtype of the features', without a gradient."""
+    shape = features.shape
+    wanted = (shape[0], shape[channel_dim])
     for name, base in (("base_mean", base_mean), ("base_std", base_std)):
-        if base.shape != values.shape[:2]:
+        if base.shape != wanted:
             raise ValueError(
-                f"{name}: got shape {tuple(base.shape)}, want {tuple(values.shape[:2])}: the "
-                f"samples and channels of features {tuple(features.shape)}, channel_dim "
-                f"{channel_dim}"
+                f"{name}: got shape {tuple(base.shape)}, want {wanted}: the samples and channels "
+                f"of features {tuple(shape)}, channel_dim {channel_dim}"
             )
         if not base.dtype.is_floating_point:
             raise ValueError(f"{name}: got dtype {base.dtype}, want a floating-point dtype")
         if base.device != features.device:
             raise ValueError(f"{name}: is on {base.device}, want {features.device} like features")
     # Or the backward would go on, with zeros, through a base pass that was not under no_grad.
-    base_mean, base_std = base_mean.detach().to(dtype), base_std.detach().to(dtype)
-    _, _, mean_loss, std_loss = _alignment(values, base_mean, base_std, eps)
-    return mean_loss, std_loss
+    dtype = compute_dtype([features])
+    return base_mean.detach().to(dtype), base_std.detach().to(dtype)
 
 
 def _check_features(features: Tensor, channel_dim: int, eps: float) -> Tensor:
@@ -125,6 +185,10 @@ def _check_features(features: Tensor, channel_dim: int, eps: float) -> Tensor:
         raise ValueError(f"features: got shape {shape}, want at least one element")
     if not features.dtype.is_floating_point:
         raise ValueError(f"features: got dtype {features.dtype}, want a floating-point dtype")
+    return _channels_second(features, channel_dim)
+
+
+def _channels_second(features: Tensor, channel_dim: int) -> Tensor:
     return features if channel_dim == 1 else features.movedim(-1, 1)
 
 
@@ -162,15 +226,19 @@ def _backward(
     base_std: Tensor | None,
     mean_grad: Tensor,
     std_grad: Tensor,
+    incoming: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of the features; ``mean_grad`` is that of mean_loss with a base."""
+    """Return the gradient of the features; ``mean_grad`` is that of mean_loss with a base.
+
+    ``incoming``, of the features' shape, is added to it.
+    """
     base = None if base_mean is None or base_std is None else (base_mean, base_std)
     if use_triton(features) and have_codes([features]):
-        return launch_backward(features, mean, std, base, mean_grad, std_grad)
+        return launch_backward(features, mean, std, base, mean_grad, std_grad, incoming)
     if base is not None:
         mean_grad = 2 / len(mean) * mean_grad * (mean - base[0])
         std_grad = 2 / len(std) * std_grad * (std - base[1])
-    return plain_backward(features, mean, std, mean_grad, std_grad)
+    return plain_backward(features, mean, std, mean_grad, std_grad, incoming)
 
 
 def plain_statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -192,19 +260,38 @@ def plain_statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def plain_backward(
-    features: Tensor, mean: Tensor, std: Tensor, mean_grad: Tensor, std_grad: Tensor
+    features: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    mean_grad: Tensor,
+    std_grad: Tensor,
+    incoming: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of the features in PyTorch; all others are [B, C]."""
+    """Return the gradient of the features in PyTorch, a piece of their memory after the other.
+
+    All but ``incoming`` are [B, C].
+    """
     num_positions = features.shape[2:].numel()
     shape = (*mean.shape, *[1] * (features.dim() - 2))
-    shift = (mean_grad / num_positions).view(shape)
-    scale = (std_grad / (num_positions * std)).view(shape)
+    channels = (mean, mean_grad / num_positions, std_grad / (num_positions * std))
     grad = torch.empty_like(features)
-    # In the dtype of the statistics, which narrow features have not.
-    values = grad if grad.dtype == mean.dtype else torch.empty_like(features, dtype=mean.dtype)
-    torch.sub(features, mean.view(shape), out=values)
-    torch.addcmul(shift, values, scale, out=values)
-    return grad if values is grad else grad.copy_(values)
+    cut = [features, grad, *(t.view(shape).expand_as(features) for t in channels)]
+    cut += [] if incoming is None else [incoming]
+    outermost = max(
+        range(features.dim()), key=lambda dim: features.stride(dim) * (features.shape[dim] > 1)
+    )
+    size = max(1, CPU_PIECE_SIZE * features.shape[outermost] // features.numel())
+    for piece in zip(*(tensor.split(size, outermost) for tensor in cut), strict=True):
+        value, out, centre, shift, scale, *added = piece
+        # In the dtype of the statistics, which narrow features have not.
+        result = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
+        torch.sub(value, centre, out=result)
+        torch.addcmul(shift, result, scale, out=result)
+        for gradient in added:
+            result.add_(gradient)
+        if result is not out:
+            out.copy_(result)
+    return grad
 
 
 @_statistics.register_fake
@@ -253,4 +340,46 @@ def _alignment_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None,
 
 _statistics.register_autograd(_statistics_backward, setup_context=_save_statistics)
 _alignment.register_autograd(_alignment_backward, setup_context=_save_alignment)
-_backward.register_autograd(refuse_second_derivative("feature_statistics, feature_alignment_loss"))
+_backward.register_autograd(
+    refuse_second_derivative("feature_statistics, feature_alignment_loss, align_features")
+)
+
+
+class _AlignFeatures(torch.autograd.Function):
+    """The features and their losses; a custom op may not return a view of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        base_mean: Tensor,
+        base_std: Tensor,
+        channel_dim: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = _channels_second(features, channel_dim)
+        mean, std, mean_loss, std_loss = _alignment(values, base_mean, base_std, eps)
+        ctx.save_for_backward(features, mean, std, base_mean, base_std)
+        ctx.set_materialize_grads(False)
+        ctx.channel_dim = channel_dim
+        return features.view_as(features), mean_loss, std_loss
+
+    @staticmethod
+    def backward(
+        ctx: Any, incoming: Tensor | None, mean_grad: Tensor | None, std_grad: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        features, mean, std, base_mean, base_std = ctx.saved_tensors
+        if mean_grad is None and std_grad is None:
+            return incoming, None, None, None, None
+        grad = _backward(
+            _channels_second(features, ctx.channel_dim),
+            mean,
+            std,
+            base_mean,
+            base_std,
+            mean.new_zeros(()) if mean_grad is None else mean_grad,
+            mean.new_zeros(()) if std_grad is None else std_grad,
+            None if incoming is None else _channels_second(incoming, ctx.channel_dim),
+        )
+        grad = grad if ctx.channel_dim == 1 else grad.movedim(1, -1)
+        return grad, None, None, None, None

@@ -263,10 +263,15 @@ def feature_merge_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*_GEOMETRY, "stride_gb", "stride_gc", "stride_gh", "stride_gw"],
+    do_not_specialize=[
+        *_GEOMETRY,
+        *("stride_ib", "stride_ic", "stride_ih", "stride_iw"),
+        *("stride_gb", "stride_gc", "stride_gh", "stride_gw"),
+    ]
 )
 def feature_backward_kernel(
     feature_ptr,
+    incoming_ptr,
     feature_grad_ptr,
     mean_ptr,
     std_ptr,
@@ -281,6 +286,10 @@ def feature_backward_kernel(
     stride_c,
     stride_h,
     stride_w,
+    stride_ib,
+    stride_ic,
+    stride_ih,
+    stride_iw,
     stride_gb,
     stride_gc,
     stride_gh,
@@ -290,16 +299,18 @@ def feature_backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,  # noqa: N803
     BLOCK_POSITIONS: tl.constexpr,  # noqa: N803
 ):
-    """Write the gradient of the features: (dmean + dstd * (x - mean) / std) / N.
+    """Write the gradient of the features: g + (dmean + dstd * (x - mean) / std) / N.
 
     With a base, dmean = 2 / B * mean_loss_grad * (mean - base_mean), and dstd alike; without, they
     are given. One program a tile. Computed in float32, rounded once.
 
-    Memory traffic: each feature is read once, and its gradient written once; the statistics of a
-    channel, 24 bytes, come from the cache after the first. FLOPs: 3 a feature.
+    Memory traffic: each feature, and g where there is one, is read once, and the gradient written
+    once; the statistics of a channel, 24 bytes, come from the cache after the first. FLOPs: 3 a
+    feature, 4 with g.
 
     Args:
         feature_ptr: float32, bfloat16 or float16 [B, C, N], as ``LAYOUT`` says.
+        incoming_ptr: The g, of that dtype, shape and ``LAYOUT``; or None: zeros.
         feature_grad_ptr: Of that dtype, shape and ``LAYOUT``; written.
         mean_ptr: float32 [B, C].
         std_ptr: float32 [B, C].
@@ -314,12 +325,16 @@ def feature_backward_kernel(
         stride_c: int32.
         stride_h: int32.
         stride_w: int32.
+        stride_ib: int32; as the next three, a stride of g.
+        stride_ic: int32.
+        stride_ih: int32.
+        stride_iw: int32.
         stride_gb: int32; as the next three, a stride of the gradient.
         stride_gc: int32.
         stride_gh: int32.
         stride_gw: int32.
-        LAYOUT: Of both, see above.
-        ALIGNED: Of both, as in :func:`feature_partials_kernel`.
+        LAYOUT: Of all, see above.
+        ALIGNED: Of all, as in :func:`feature_partials_kernel`.
         BLOCK_CHANNELS: Channels a tile.
         BLOCK_POSITIONS: Positions a tile.
     """
@@ -348,6 +363,20 @@ def feature_backward_kernel(
     mask = _tile_mask(channel, position, num_channels, num_positions, LAYOUT, ALIGNED)
     value = tl.load(feature_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = shift[:, None] + scale[:, None] * (value - mean[:, None])
+    if incoming_ptr is not None:
+        incoming_offsets = _offsets(
+            sample,
+            channel,
+            position,
+            width,
+            stride_ib,
+            stride_ic,
+            stride_ih,
+            stride_iw,
+            LAYOUT,
+            ALIGNED,
+        )
+        grad += tl.load(incoming_ptr + incoming_offsets, mask=mask, other=0.0).to(tl.float32)
     grad_offsets = _offsets(
         sample,
         channel,
