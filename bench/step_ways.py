@@ -27,11 +27,12 @@ from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.engine import prepare_engine
 from fastppt.training.loop import resolve
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.runners import make_runner
 from fastppt.training.stage import build_steps, learning_rates
-from fastppt.training.step import Draws, accumulate_gradients, draw, make_batch, metric_names
+from fastppt.training.step import Draws, accumulate_gradients, draw, make_batch
 
 MODELS = (*MINI_MODELS, *FULL_MODELS)
 

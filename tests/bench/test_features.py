@@ -9,7 +9,9 @@ from bench.suites import (
     ADAPTIVE_DENOISING,
     ADAPTIVE_DENOISING_BF16,
     FEATURE_ALIGNMENT,
+    FEATURE_ALIGNMENT_ADDED,
     FEATURE_ALIGNMENT_BF16,
+    FEATURE_ALIGNMENT_BF16_ADDED,
     FEATURE_ALIGNMENT_BF16_CHANNELS_LAST,
     FEATURE_ALIGNMENT_CHANNELS_LAST,
     FEATURE_WORKLOADS,
@@ -26,6 +28,8 @@ SUITES = {
     FEATURE_ALIGNMENT_CHANNELS_LAST: LAYERS,
     FEATURE_ALIGNMENT_BF16: LAYERS,
     FEATURE_ALIGNMENT_BF16_CHANNELS_LAST: LAYERS,
+    FEATURE_ALIGNMENT_ADDED: LAYERS,
+    FEATURE_ALIGNMENT_BF16_ADDED: LAYERS,
     ADAPTIVE_DENOISING: LATENTS,
     ADAPTIVE_DENOISING_BF16: LATENTS,
 }
@@ -45,6 +49,7 @@ def test_every_way_agrees_with_the_reference_and_gets_a_row(suite, workload):
     width = 2 if suite.form.startswith("bfloat16") else 4
     assert {row["bytes"] for row in rows} == {width * suite.accesses * workload.num_elements}
     flops = {"feature alignment": 11, "adaptive denoising": 8}[suite.name]
+    flops += "added" in suite.form
     assert {row["flops"] for row in rows} == {flops * workload.num_elements}
 
 

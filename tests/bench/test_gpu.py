@@ -61,7 +61,7 @@ def test_report_holds_rows_targets_and_what_was_refused(small_workloads, tmp_pat
     assert {row["suite"] for row in written["rows"]} == {"optimizer", "anchor"}
     assert written["refused"] == written["not measured"] == []
     # Of the ops, and of steps.
-    assert [target["measured"] for target in written["targets"]] == [None] * (6 + 6)
+    assert [target["measured"] for target in written["targets"]] == [None] * (6 + 7)
 
 
 def test_what_no_longer_fits_is_listed_as_not_measured(small_workloads, tmp_path):

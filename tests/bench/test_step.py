@@ -57,6 +57,10 @@ def test_every_way_gets_a_row_with_its_costs(time_mini):
     flops = found["lora"]["flops"]
     assert found["ppt-lora"]["flops"] == found[PEER_NAME]["flops"] == flops
     assert found["apt"]["flops"] == flops + found[BASE_PASS]["flops"]
+    # Text encoders that learn are work of their own.
+    with_text = found["apt-base"]["flops"]
+    assert with_text > flops
+    assert found["apt-recipe"]["flops"] == with_text + found[BASE_PASS]["flops"]
     assert found[BASE_PASS]["flops"] < found[NETWORK]["flops"] < flops
     assert found["lora"]["kernels"] < found[CACHED_NAME]["kernels"]
     print_steps(rows)
@@ -188,19 +192,37 @@ def test_cpu_targets_are_ratios_over_both_kinds_of_peer():
     assert list_cpu_targets([]) == []
 
 
+def test_what_apt_costs_is_measured_in_base_passes_beside_the_same_trainables():
+    labels = CPU_MAIN | {"resolution": 64}
+    rows = [
+        row_of(labels, "lora, eager", 50.0),
+        row_of(labels, "apt-base, eager", 60.0),
+        row_of(labels, "apt-recipe, eager", 86.0),
+        row_of(labels, "base pass alone, eager", 20.0),
+    ]
+    cost = list_cpu_targets(rows)[-1]
+    assert cost["what"].endswith("recipe apt's step - recipe apt-base's, in base passes, at most")
+    assert (cost["measured"], cost["met"]) == (pytest.approx(1.3), False)
+    assert len(list_cpu_targets(rows[:-1])) == 2
+
+
 def test_gpu_targets_compare_like_with_like():
-    assert [target["met"] for target in list_gpu_targets([])] == [None] * 6
+    assert [target["met"] for target in list_gpu_targets([])] == [None] * 7
     rows = [
         row_of(MAIN, "lora, graph", 50.0, **{"peak bytes": 10}),
         row_of(MAIN, "ppt-lora, graph", 50.2),
         row_of(MAIN, "apt, graph", 75.0, **{"peak bytes": 11}),
         row_of(MAIN, "base pass alone, graph", 20.0),
+        row_of(MAIN, "apt-base, graph", 60.0),
+        row_of(MAIN, "apt-recipe, graph", 82.0),
         row_of(MAIN, PEER, 150.0),
         row_of(MAIN, "lora, graph+compile", 40.0),
     ]
     targets = list_gpu_targets([row_of(MAIN | {"batch": 2}, "lora, graph", 1.0), *rows])
-    assert [t["measured"] for t in targets] == pytest.approx([3.0, 50.0, 40.0, 1.004, 1.25, 1.1])
-    assert [t["met"] for t in targets] == [True, True, True, True, False, False]
+    assert [t["measured"] for t in targets] == pytest.approx(
+        [3.0, 50.0, 40.0, 1.004, 1.25, 1.1, 1.1]
+    )
+    assert [t["met"] for t in targets] == [True, True, True, True, False, True, False]
     assert find_row(rows, **MAIN)["way"] == "lora, graph"
 
 

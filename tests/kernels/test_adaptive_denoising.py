@@ -240,10 +240,15 @@ def test_opcheck_is_green(weights, dtype):
     # NaN is not equal to itself.
     arguments |= {name: arguments[name].nan_to_num() for name in ("base_ema", "tuned_ema")}
     arguments["prediction"].requires_grad_()
-    torch.library.opcheck(op._loss, (*arguments.values(), 1000.0, 0.1))
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.adaptive_denoising, (*arguments.values(), 1000.0, 0.1)
+    )
     prediction, target = arguments["prediction"].detach(), arguments["target"]
     coefficients = torch.rand(4, dtype=F64 if dtype == F64 else F32)
-    torch.library.opcheck(op._backward, (prediction, target, coefficients, coefficients.sum()))
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.adaptive_denoising_backward,
+        (prediction, target, coefficients, coefficients.sum()),
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

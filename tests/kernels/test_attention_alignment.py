@@ -233,26 +233,29 @@ def test_peak_memory_is_a_quarter_of_the_maps(dtype):
 
 FAULTS = {
     "not the same for every head": (
-        "maps_hqk * (factor * grad_map_sum[batch, rows])",
-        "maps_hqk * (factor * grad_map_sum[batch, rows]) / num_heads",
+        "maps_hqk * (factor * grad_sum_qk)",
+        "maps_hqk * (factor * grad_sum_qk) / num_heads",
     ),
-    "row sums left out": ("grad_hqk.addcmul_(maps_hqk, sums_hq[..., None], value=-1)", "pass"),
-    "sign of the row sums": ("sums_hq[..., None], value=-1", "sums_hq[..., None], value=1"),
-    "sign of the logsumexp's": ("= -sums_hq", "= sums_hq"),
+    "row sums left out": ("grad_hqk.addcmul_(maps_hqk, sums_hq1, value=-1)", "pass"),
+    "sign of the row sums": ("sums_hq1, value=-1", "sums_hq1, value=1"),
+    "sign of the logsumexp's": (
+        "torch.neg(sums_hq1, out=grad_shift_hq1)",
+        "grad_shift_hq1.copy_(sums_hq1)",
+    ),
     "key not scaled": (
-        "baddbmm_(grad_hqk.mT, query_hqd, alpha=scale)",
-        "baddbmm_(grad_hqk.mT, query_hqd)",
+        "torch.mul(sum_hkd, scale, out=grad_key_hkd)",
+        "grad_key_hkd.copy_(sum_hkd)",
     ),
     "last chunk only": (
-        "grad_key[batch].baddbmm_(grad_hqk.mT, query_hqd, alpha=scale)",
-        "grad_key[batch] = scale * torch.bmm(grad_hqk.mT, query_hqd)",
+        "part_hkd if sum_hkd is None else sum_hkd.add_(part_hkd)",
+        "part_hkd",
     ),
     "columns shifted": (
         "column_k.clamp(0, num_columns - 1)",
         "column_k.clamp(1, num_columns - 1) - 1",
     ),
-    "column -1 compared": ("difference_qk.masked_fill_(column_k == -1, 0.0)", "pass"),
-    "heads not counted": ("/ (num_batches * num_heads)", "/ num_batches"),
+    "column -1 compared": ("difference_qk.masked_fill_(absent_k, 0.0)", "pass"),
+    "heads not counted": ("/ (len(map_sum) * num_heads)", "/ len(map_sum)"),
 }
 
 

@@ -257,12 +257,16 @@ def test_nothing_is_read_on_the_host():
 def test_opcheck_is_green(lay, dtype):
     features, base_mean, base_std = make((2, 7, 3, 5), dtype)
     features = lay(features).requires_grad_()
-    torch.library.opcheck(op._statistics, (features, EPS))
-    torch.library.opcheck(op._alignment, (features, base_mean, base_std, EPS))
+    torch.library.opcheck(torch.ops.fastppt_kernels.feature_statistics, (features, EPS))
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.feature_alignment, (features, base_mean, base_std, EPS)
+    )
     mean, std = feature_statistics(features.detach())
     arguments = (features.detach(), mean, std, None, None, base_mean, base_std)
-    torch.library.opcheck(op._backward, (*arguments, None))
-    torch.library.opcheck(op._backward, (*arguments, torch.ones_like(features.detach())))
+    torch.library.opcheck(torch.ops.fastppt_kernels.feature_backward, (*arguments, None))
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.feature_backward, (*arguments, torch.ones_like(features.detach()))
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

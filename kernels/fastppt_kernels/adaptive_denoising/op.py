@@ -8,6 +8,7 @@ from torch import Tensor
 from fastppt_kernels.adaptive_denoising.launch import launch_backward, launch_forward
 from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.launch import have_codes, use_triton
+from fastppt_kernels.operation import operation
 
 # What the operation returns: loss, gamma, new_base_ema, new_tuned_ema, coefficients.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -146,7 +147,7 @@ def _check_device(name: str, tensor: Tensor, prediction: Tensor) -> None:
         raise ValueError(f"{name}: is on {tensor.device}, want {prediction.device} like prediction")
 
 
-@torch.library.custom_op("fastppt_kernels::adaptive_denoising", mutates_args=())
+@operation("fastppt_kernels::adaptive_denoising")
 def _loss(
     prediction: Tensor,
     base_prediction: Tensor,
@@ -173,7 +174,7 @@ def _loss(
     )
 
 
-@torch.library.custom_op("fastppt_kernels::adaptive_denoising_backward", mutates_args=())
+@operation("fastppt_kernels::adaptive_denoising_backward")
 def _backward(
     prediction: Tensor, target: Tensor, coefficients: Tensor, loss_grad: Tensor
 ) -> Tensor:

@@ -20,6 +20,7 @@ from fastppt_kernels.attention_alignment.plain import (
     sum_maps,
 )
 from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
+from fastppt_kernels.operation import operation
 
 __all__ = [
     "attention_alignment_loss",
@@ -62,9 +63,7 @@ def attention_map_sum(
         few per cent. FLOPs: 2 H Q K D, and H Q K exponentials. No [B, H, Q, K] is made.
     """
     _check_query_and_key(query, key, logsumexp)
-    return torch.ops.fastppt_kernels.attention_map_sum(  # type: ignore[no-any-return]
-        query, key, _scale_of(query, scale), logsumexp
-    )
+    return _map_sum_op(query, key, _scale_of(query, scale), logsumexp)
 
 
 def attention_alignment_loss(
@@ -113,10 +112,8 @@ def attention_alignment_loss(
     _check_base(query, key, base_map_sum, columns)
     if columns is not None:
         columns = columns.expand(query.shape[0], -1)
-    loss, _ = torch.ops.fastppt_kernels.attention_alignment(
-        query, key, base_map_sum, _scale_of(query, scale), logsumexp, columns
-    )
-    return loss  # type: ignore[no-any-return]
+    loss, _ = _alignment_op(query, key, base_map_sum, _scale_of(query, scale), logsumexp, columns)
+    return loss
 
 
 def _scale_of(query: Tensor, scale: float | None) -> float:
@@ -188,13 +185,13 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.dev
         raise ValueError(f"{name}: is on {tensor.device}, want {device} like query")
 
 
-@torch.library.custom_op("fastppt_kernels::attention_map_sum", mutates_args=())
+@operation("fastppt_kernels::attention_map_sum")
 def _map_sum_op(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> Tensor:
     sum_of = launch_map_sum if runs_kernels(query) else sum_maps
     return sum_of(query, key, scale, logsumexp)
 
 
-@torch.library.custom_op("fastppt_kernels::attention_alignment", mutates_args=())
+@operation("fastppt_kernels::attention_alignment")
 def _alignment_op(
     query: Tensor,
     key: Tensor,
@@ -209,7 +206,7 @@ def _alignment_op(
     return compare_with_base_(difference, base_map_sum, columns, query.shape[1]), difference
 
 
-@torch.library.custom_op("fastppt_kernels::attention_map_backward", mutates_args=())
+@operation("fastppt_kernels::attention_map_backward")
 def _backward_op(
     query: Tensor,
     key: Tensor,
@@ -271,9 +268,7 @@ def _keep_for_map_sum(ctx: Any, inputs: Any, output: Any) -> None:
 def _backpropagate_map_sum(ctx: Any, grad_map_sum: Tensor) -> tuple[Any, ...]:
     query, key, logsumexp = ctx.saved_tensors
     one = torch.ones((), dtype=grad_map_sum.dtype, device=grad_map_sum.device)
-    grads = torch.ops.fastppt_kernels.attention_map_backward(
-        query, key, grad_map_sum, one, 1.0, ctx.scale, logsumexp
-    )
+    grads = _backward_op(query, key, grad_map_sum, one, 1.0, ctx.scale, logsumexp)
     return grads[0], grads[1], None, None if logsumexp is None else grads[2]
 
 
@@ -289,9 +284,7 @@ def _keep_for_alignment(ctx: Any, inputs: Any, output: Any) -> None:
 def _backpropagate_alignment(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     query, key, logsumexp, difference = ctx.saved_tensors
     factor = 2.0 / (query.shape[0] * query.shape[1])
-    grads = torch.ops.fastppt_kernels.attention_map_backward(
-        query, key, difference, grad, factor, ctx.scale, logsumexp
-    )
+    grads = _backward_op(query, key, difference, grad, factor, ctx.scale, logsumexp)
     return grads[0], grads[1], None, None, None if logsumexp is None else grads[2], None
 
 

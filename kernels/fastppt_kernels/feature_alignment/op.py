@@ -1,5 +1,6 @@
 """Feature alignment: checks, the PyTorch path, and the registration with torch.library."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from fastppt_kernels.checks import compute_dtype, refuse_second_derivative
 from fastppt_kernels.feature_alignment.launch import launch_backward, launch_statistics
 from fastppt_kernels.launch import have_codes, use_triton
+from fastppt_kernels.operation import operation
 
 # Features of a piece on the CPU, measured: what is computed of them stays in the cache.
 CPU_PIECE_SIZE = 1 << 18
@@ -49,9 +51,8 @@ def feature_statistics(
         read and its gradient written once. FLOPs: 4 a feature, backward 3: memory is the limit.
         GPU launches: 2, backward 1; of float64 features, PyTorch's own, more and slower.
     """
-    values = _check_features(features, channel_dim, eps)
-    mean, std = _statistics(values, eps)
-    return mean, std
+    _check_features(features, channel_dim, eps)
+    return _statistics(_channels_second(features, channel_dim), eps)
 
 
 def feature_alignment_loss(
@@ -96,8 +97,9 @@ def feature_alignment_loss(
     Memory traffic, FLOPs and GPU launches: as of :func:`feature_statistics`; the losses are summed
         where the pieces are merged.
     """
-    values = _check_features(features, channel_dim, eps)
+    _check_features(features, channel_dim, eps)
     base_mean, base_std = _check_base(features, channel_dim, base_mean, base_std)
+    values = _channels_second(features, channel_dim)
     _, _, mean_loss, std_loss = _alignment(values, base_mean, base_std, eps)
     return mean_loss, std_loss
 
@@ -172,8 +174,7 @@ def _check_base(
     return base_mean.detach().to(dtype), base_std.detach().to(dtype)
 
 
-def _check_features(features: Tensor, channel_dim: int, eps: float) -> Tensor:
-    """Return the features as a view [B, C, ...]."""
+def _check_features(features: Tensor, channel_dim: int, eps: float) -> None:
     if channel_dim not in (1, -1):
         raise ValueError(f"channel_dim: got {channel_dim}, want 1 or -1")
     if not eps > 0:
@@ -185,17 +186,17 @@ def _check_features(features: Tensor, channel_dim: int, eps: float) -> Tensor:
         raise ValueError(f"features: got shape {shape}, want at least one element")
     if not features.dtype.is_floating_point:
         raise ValueError(f"features: got dtype {features.dtype}, want a floating-point dtype")
-    return _channels_second(features, channel_dim)
 
 
 def _channels_second(features: Tensor, channel_dim: int) -> Tensor:
+    """Return the features as a view [B, C, ...]."""
     return features if channel_dim == 1 else features.movedim(-1, 1)
 
 
 # In what follows features are [B, C, ...].
 
 
-@torch.library.custom_op("fastppt_kernels::feature_statistics", mutates_args=())
+@operation("fastppt_kernels::feature_statistics")
 def _statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if use_triton(features) and have_codes([features]):
         mean, std = launch_statistics(features, None, eps)
@@ -203,7 +204,7 @@ def _statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return plain_statistics(features, eps)
 
 
-@torch.library.custom_op("fastppt_kernels::feature_alignment", mutates_args=())
+@operation("fastppt_kernels::feature_alignment")
 def _alignment(
     features: Tensor, base_mean: Tensor, base_std: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,7 +218,7 @@ def _alignment(
     return mean, std, mean_loss, std_loss
 
 
-@torch.library.custom_op("fastppt_kernels::feature_backward", mutates_args=())
+@operation("fastppt_kernels::feature_backward")
 def _backward(
     features: Tensor,
     mean: Tensor,
@@ -226,7 +227,7 @@ def _backward(
     base_std: Tensor | None,
     mean_grad: Tensor,
     std_grad: Tensor,
-    incoming: Tensor | None = None,
+    incoming: Tensor | None,
 ) -> Tensor:
     """Return the gradient of the features; ``mean_grad`` is that of mean_loss with a base.
 
@@ -251,11 +252,13 @@ def plain_statistics(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     space = tuple(range(2, features.dim()))
     means, variances = [], []
     num_channels = max(1, CPU_PIECE_SIZE * features.shape[1] // features.numel())
-    for piece in features.split(num_channels, 1):
+    for (piece,) in _cut([features], num_channels, 1):
         values = piece.to(dtype)
         mean = values.mean(space, keepdim=True)
         variances.append((values - mean).square_().mean(space))
         means.append(mean.flatten(1))
+    if len(means) == 1:
+        return means[0], variances[0].add_(eps).sqrt_()
     return torch.cat(means, 1), torch.cat(variances, 1).add_(eps).sqrt_()
 
 
@@ -275,14 +278,13 @@ def plain_backward(
     shape = (*mean.shape, *[1] * (features.dim() - 2))
     channels = (mean, mean_grad / num_positions, std_grad / (num_positions * std))
     grad = torch.empty_like(features)
-    cut = [features, grad, *(t.view(shape).expand_as(features) for t in channels)]
+    cut = [features, grad, *(t.view(shape) for t in channels)]
     cut += [] if incoming is None else [incoming]
     outermost = max(
         range(features.dim()), key=lambda dim: features.stride(dim) * (features.shape[dim] > 1)
     )
     size = max(1, CPU_PIECE_SIZE * features.shape[outermost] // features.numel())
-    for piece in zip(*(tensor.split(size, outermost) for tensor in cut), strict=True):
-        value, out, centre, shift, scale, *added = piece
+    for value, out, centre, shift, scale, *added in _cut(cut, size, outermost):
         # In the dtype of the statistics, which narrow features have not.
         result = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
         torch.sub(value, centre, out=result)
@@ -292,6 +294,18 @@ def plain_backward(
         if result is not out:
             out.copy_(result)
     return grad
+
+
+def _cut(tensors: list[Tensor], size: int, dim: int) -> Iterator[list[Tensor]]:
+    """Yield the tensors in pieces of ``size`` along a dimension; those of 1 there are in each."""
+    if tensors[0].shape[dim] <= size:
+        yield tensors
+        return
+    for start in range(0, tensors[0].shape[dim], size):
+        yield [
+            t if t.shape[dim] == 1 else t.narrow(dim, start, min(size, t.shape[dim] - start))
+            for t in tensors
+        ]
 
 
 @_statistics.register_fake
@@ -327,14 +341,14 @@ def _save_alignment(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
     features, mean, std = ctx.saved_tensors
     mean_grad, std_grad = (torch.zeros_like(mean) if g is None else g for g in grads)
-    return _backward(features, mean, std, None, None, mean_grad, std_grad), None
+    return _backward(features, mean, std, None, None, mean_grad, std_grad, None), None
 
 
 def _alignment_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
     features, mean, std, base_mean, base_std = ctx.saved_tensors
     # Only the losses leave this module.
     mean_grad, std_grad = (mean.new_zeros(()) if g is None else g for g in grads[2:])
-    grad = _backward(features, mean, std, base_mean, base_std, mean_grad, std_grad)
+    grad = _backward(features, mean, std, base_mean, base_std, mean_grad, std_grad, None)
     return grad, None, None, None
 
 

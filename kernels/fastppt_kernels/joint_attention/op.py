@@ -16,6 +16,7 @@ from fastppt_kernels.joint_attention.flash import (
     attend,
     backpropagate_attention,
 )
+from fastppt_kernels.operation import operation
 
 __all__ = ["joint_attention", "joint_attention_map_sum"]
 
@@ -79,7 +80,7 @@ def joint_attention(
         96), and those of the loss over the text keys.
     """
     scale = _check(query, key, value, num_text_tokens, scale)
-    output, logsumexp = torch.ops.fastppt_kernels.attention(query, key, value, scale)
+    output, logsumexp = _attention_op(query, key, value, scale)
     num_image_tokens = query.shape[2] - num_text_tokens
     loss = attention_alignment_loss(
         query[:, :, :num_image_tokens],
@@ -109,7 +110,7 @@ def joint_attention_map_sum(
         (float64 with a float64 query).
     """
     scale = _check(query, key, value, num_text_tokens, scale)
-    output, logsumexp = torch.ops.fastppt_kernels.attention(query, key, value, scale)
+    output, logsumexp = _attention_op(query, key, value, scale)
     num_image_tokens = query.shape[2] - num_text_tokens
     map_sum = attention_map_sum(
         query[:, :, :num_image_tokens],
@@ -156,14 +157,14 @@ def _check(
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-@torch.library.custom_op("fastppt_kernels::attention", mutates_args=())
+@operation("fastppt_kernels::attention")
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     # On a GPU autocast would cast what flash attention is given, and so its output.
     with torch.autocast(query.device.type, enabled=False):
         return attend(query, key, value, scale)
 
 
-@torch.library.custom_op("fastppt_kernels::attention_backward", mutates_args=())
+@operation("fastppt_kernels::attention_backward")
 def _attention_backward_op(
     grad_output: Tensor,
     grad_logsumexp: Tensor,
@@ -190,8 +191,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backpropagate(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.fastppt_kernels.attention_backward(
-        grad_output, grad_logsumexp, *ctx.saved_tensors, ctx.scale
+    query, key, value, output, logsumexp = ctx.saved_tensors
+    grads = _attention_backward_op(
+        grad_output, grad_logsumexp, query, key, value, output, logsumexp, ctx.scale
     )
     return (*grads, None)
 
