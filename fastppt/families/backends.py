@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastppt.errors import UserError
 
@@ -130,6 +131,22 @@ class _OutlinedAttention(torch.autograd.Function):
 def _outlined(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     output: Tensor = _OutlinedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return output
+
+
+class OutlinedAttention(TorchFunctionMode):
+    """Gives torch's own attention, whoever calls it, the memory on the meta device that it has.
+
+    There torch would take it apart, into whole attention maps.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Outline attention; leave all else alone."""
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            return _outlined(query, key, value, None)
+        return func(*args, **(kwargs or {}))
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
 from fastppt.families.attention import Projections, TextAttention
+from fastppt.families.text_encoders import TextEncoders
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,29 @@ class PromptEmbeddings:
         """Return the prompts of the given rows."""
         pooled = None if self.pooled is None else self.pooled[rows]
         return PromptEmbeddings(self.tokens[rows], pooled)
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """Prompts up to where text encoders that may change begin; made once, on the host.
+
+    Attributes:
+        clips: [N, K] int64 by component of the pipeline, what each CLIP reads.
+        others: [N, K', D], the tokens of the encoders that never change; None where there are none.
+    """
+
+    clips: dict[str, Tensor]
+    others: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that there is."""
+        return [*self.clips.values(), *([] if self.others is None else [self.others])]
+
+    def __getitem__(self, rows: Tensor | slice) -> PromptIds:
+        """Return the prompts of the given rows."""
+        clips = {component: ids[rows] for component, ids in self.clips.items()}
+        return PromptIds(clips, None if self.others is None else self.others[rows])
 
 
 @dataclass(frozen=True)
@@ -57,6 +81,8 @@ class Family(Protocol):
     device: torch.device
     dtype: torch.dtype
     network: nn.Module
+    text: TextEncoders
+    """The CLIP text encoders, as adapters and new words see them."""
     num_timesteps: int
     native_resolution: int
     """Side in pixels that the model was trained at."""
@@ -69,8 +95,9 @@ class Family(Protocol):
     lora_component: str
     """Name of the network in the pipeline and in LoRA files, such as `unet`."""
     unread_projections: tuple[str, ...]
-    """Paths of the attention projections that have no place for an adapter, since nothing reads
-    their output; other trainers' LoRA files hold adapters of them."""
+    """Attention projections that have no place for an adapter, since nothing reads their output;
+    other trainers' LoRA files hold adapters of them. Those of the network by their paths, those of
+    text encoders by component and path."""
     second_half: tuple[str, ...]
     """Patterns of the projections that `lora.targets = "up"` stands for."""
     kohya_model_version: str
@@ -109,6 +136,9 @@ class Family(Protocol):
     def features_of(self, output: Any) -> Tensor:
         """Return the image's features in the output of one of the `feature_layers`."""
 
+    def with_features(self, output: Any, features: Tensor) -> Any:
+        """Return an output of one of the `feature_layers` with others for its `features_of`."""
+
     def text_attentions(self) -> dict[str, TextAttention]:
         """Return the attentions in which the image looks at the text, by path.
 
@@ -123,6 +153,18 @@ class Family(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return the prompts' embeddings on the device, in the network's dtype."""
+
+    def prompt_ids(self, prompts: Sequence[str]) -> PromptIds:
+        """Return the prompts on the device, for `encode_ids` to encode as often as wanted."""
+
+    def encode_ids(self, ids: PromptIds) -> PromptEmbeddings:
+        """Return what `encode_prompts` returns of the same prompts, with gradients.
+
+        Nothing is read on the host: it can be captured in a CUDA graph.
+        """
+
+    def negative_ids(self) -> PromptIds | None:
+        """Return what `encode_negative` encodes; None where it is the same whatever encodes."""
 
     def truncated_text(self, prompt: str) -> str | None:
         """Return the end of a prompt that no text encoder reads; None if all of it is read."""
@@ -147,7 +189,7 @@ class Family(Protocol):
     def weight_bytes(self) -> dict[str, int]:
         """Return the bytes of the weights: `network`, `text encoders`, `VAE`."""
 
-    def release_encoders(self, *, keep_vae: bool = False) -> None:
+    def release_encoders(self, *, keep_vae: bool = False, keep_text: bool = False) -> None:
         """Free the memory of what encodes, once all is encoded.
 
         The text encoders are given up: no prompt can be encoded from here on. The VAE, which
@@ -155,6 +197,7 @@ class Family(Protocol):
 
         Args:
             keep_vae: Leave the VAE on the device, for photos that are encoded later.
+            keep_text: Leave the CLIPs there, for `encode_ids`.
         """
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""How LoRA files name the layers of each family, and what tells one family's file from another's.
+"""How LoRA and embedding files name the parts of each family, and what tells whose a file is.
 
 A layer is known here by its component (`unet`, `transformer`, `text_encoder`, ...) and its module
 path there, as diffusers and older transformers name it (`text_model.encoder.layers.0...`).
@@ -26,11 +26,14 @@ class LoraLayout:
             that form would be of no use (diffusers loads one of sd3 and changes nothing).
         plain_text_encoders: Text encoders that are a `CLIPTextModel`, whose modules transformers 5
             names without the `text_model.` that files keep.
+        pipeline_loads_words: Whether diffusers' pipeline has `load_textual_inversion`, and writes a
+            word of several vectors out in prompts.
     """
 
     components: tuple[str, ...]
     kohya_prefixes: Mapping[str, str]
     plain_text_encoders: tuple[str, ...] = ()
+    pipeline_loads_words: bool = True
 
 
 LAYOUTS: dict[str, LoraLayout] = {
@@ -51,6 +54,7 @@ LAYOUTS: dict[str, LoraLayout] = {
     "sd3": LoraLayout(
         components=("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"),
         kohya_prefixes={},
+        pipeline_loads_words=False,
     ),
 }
 COMPONENTS = tuple(dict.fromkeys(name for one in LAYOUTS.values() for name in one.components))
@@ -79,6 +83,15 @@ SGM_LAYERS_A_BLOCK = 3
 SGM_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 SGM_PATH = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(.+)")
 SGM_MIDDLE = "middle_block.1."
+
+# Text encoders, and their keys in an embedding file of two; a file of one tensor is of the first.
+EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+# The families that an embedding can be of, by the widths of its vectors.
+EMBEDDING_FAMILIES = {
+    (768,): "sd (1.x)",
+    (1024,): "sd (2.x)",
+    (768, 1280): "sdxl or sd3",
+}
 
 # What sd-scripts and ModelSpec call the base models of a family, by how the names begin.
 MODEL_NAMES = {

@@ -24,7 +24,12 @@ from fastppt.families.attention import (
     text_attentions,
 )
 from fastppt.families.backends import resolve_attention
-from fastppt.families.base import PromptEmbeddings, TokenBlock
+from fastppt.families.base import PromptEmbeddings, PromptIds, TokenBlock
+from fastppt.families.text_encoders import TextEncoders
+
+PROMPTS_A_PASS = 32
+"""Prompts that the text encoders take at a time: what they compute of 20,000, a photo's subject and
+class prompt each, fits into no memory."""
 
 
 class PipelineFamily:
@@ -62,6 +67,7 @@ class PipelineFamily:
             for name, part in pipeline.components.items()
             if name.startswith("text_encoder") and part is not None
         ]
+        self.text = TextEncoders(pipeline, device)
         for module in (*self._encoders, self.network):
             _place(module, device, dtype)
         _place(self._pipeline.vae, device, self._precise)
@@ -108,7 +114,7 @@ class PipelineFamily:
         """
         unread: list[str] = []
         for tokenizer, num_tokens in self._tokenizers():
-            tokens = tokenizer(prompt, verbose=False).input_ids
+            tokens = tokenizer(self._as_read(tokenizer, prompt), verbose=False).input_ids
             if len(tokens) <= num_tokens:
                 return None
             # Cut or not, the last place is the end token's.
@@ -142,10 +148,43 @@ class PipelineFamily:
         blocks = [*clip, *(each for each in others if not isinstance(each[0], CLIPTokenizer))]
         return [
             TokenBlock(
-                tokenizer(prompt, truncation=True, max_length=size, verbose=False).input_ids, size
+                tokenizer(
+                    self._as_read(tokenizer, prompt),
+                    truncation=True,
+                    max_length=size,
+                    verbose=False,
+                ).input_ids,
+                size,
             )
             for tokenizer, size in blocks
         ]
+
+    def _as_read(self, tokenizer: Any, prompt: str) -> str:
+        """Return what a tokenizer is given: a CLIP's with a word of several vectors written out."""
+        return self.text.expand(prompt) if isinstance(tokenizer, CLIPTokenizer) else prompt
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return the prompts' embeddings, `PROMPTS_A_PASS` at a time, as `Family` says."""
+        parts = [
+            self._encode_prompts(prompts[start : start + PROMPTS_A_PASS])
+            for start in range(0, len(prompts), PROMPTS_A_PASS)
+        ]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        tokens = torch.cat([part.tokens for part in parts])
+        return PromptEmbeddings(tokens, torch.cat(pooled) if pooled else None)
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return `encode_prompts` of a few."""
+        raise NotImplementedError
+
+    def prompt_ids(self, prompts: Sequence[str]) -> PromptIds:
+        """Return the prompts as the CLIPs' tokens, as `Family` says."""
+        return PromptIds(self.text.ids(prompts), None)
+
+    def negative_ids(self) -> PromptIds | None:
+        """Return the empty prompt, as `Family` says."""
+        return self.prompt_ids([""])
 
     def weight_bytes(self) -> dict[str, int]:
         """Return the bytes of the weights of each part, as `Family` says."""
@@ -156,11 +195,14 @@ class PipelineFamily:
         }
         return {name: _num_bytes(modules) for name, modules in parts.items()}
 
-    def release_encoders(self, *, keep_vae: bool = False) -> None:
+    def release_encoders(self, *, keep_vae: bool = False, keep_text: bool = False) -> None:
         """Give up the text encoders, and move the VAE to host memory, as `Family` says."""
+        if not keep_text:
+            self.text.release()
         names = [name for name in self._pipeline.components if name.startswith("text_encoder")]
-        self._pipeline.register_modules(**dict.fromkeys(names))
-        self._encoders.clear()
+        released = [name for name in names if name not in self.text.clips]
+        self._pipeline.register_modules(**dict.fromkeys(released))
+        self._encoders[:] = self.text.clips.values()
         if not keep_vae:
             self._pipeline.vae.to("cpu")
         if self.device.type == "cuda":

@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from fastppt.config import ModelConfig
-from fastppt.families.base import PromptEmbeddings
+from fastppt.errors import UserError
+from fastppt.families.base import PromptEmbeddings, PromptIds
 from fastppt.families.unet import UNetFamily
 
 
@@ -49,8 +50,7 @@ class StableDiffusion(UNetFamily):
             size = "768-v" if predicts_velocity else "512"
             self.modelspec_architecture = f"stable-diffusion-v2-{size}"
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+    def _encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return tokens [N, K, D], as the pipeline encodes prompts; nothing is pooled."""
         tokens, _ = self._pipeline.encode_prompt(
             list(prompts),
@@ -59,6 +59,25 @@ class StableDiffusion(UNetFamily):
             do_classifier_free_guidance=False,
         )
         return PromptEmbeddings(tokens.to(self.dtype), None)
+
+    def prompt_ids(self, prompts: Sequence[str]) -> PromptIds:
+        """Return the prompts as the CLIP's tokens, as `Family` says.
+
+        Raises:
+            UserError: the encoder is told where padding is, which `encode_ids` does not.
+        """
+        if getattr(self._pipeline.text_encoder.config, "use_attention_mask", False):
+            raise UserError(
+                f"model {self.model.path}: its text encoder has use_attention_mask in its "
+                "configuration, which training of text does not follow; leave trainables.tokens "
+                "and trainables.text_encoder_lora out"
+            )
+        return super().prompt_ids(prompts)
+
+    def encode_ids(self, ids: PromptIds) -> PromptEmbeddings:
+        """Return tokens [N, K, D], the encoder's last layer, normalised; nothing is pooled."""
+        tokens: Tensor = self.text.clips["text_encoder"](ids.clips["text_encoder"])[0]
+        return PromptEmbeddings(tokens, None)
 
     def encode_negative(self) -> PromptEmbeddings:
         """Return the embedding of the empty prompt, one row, as the pipeline has it."""

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.attention import Projections
-from fastppt.families.base import PromptEmbeddings
+from fastppt.families.base import PromptEmbeddings, PromptIds
 from fastppt.families.joint_attention import make_joint_adaptable
 from fastppt.families.pipeline import PipelineFamily
 
@@ -105,13 +106,21 @@ class StableDiffusion3(PipelineFamily):
         features: Tensor = output[1]
         return features
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        """Return tokens [N, K, D] and pooled [N, W], as the pipeline encodes prompts."""
+    def with_features(self, output: Any, features: Tensor) -> Any:
+        """Return a block's output with other image tokens."""
+        return (output[0], features)
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return tokens [N, K, D] and pooled [N, W], as the pipeline encodes prompts.
+
+        A new word of several vectors is written out for the CLIPs, which this pipeline does not do
+        itself; the T5 reads the prompt as it stands.
+        """
+        texts = [self.text.expand(prompt) for prompt in prompts]
         tokens, _, pooled, _ = self._pipeline.encode_prompt(
+            texts,
+            texts,
             list(prompts),
-            None,
-            None,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self._num_t5_tokens,
@@ -121,6 +130,30 @@ class StableDiffusion3(PipelineFamily):
     def encode_negative(self) -> PromptEmbeddings:
         """Return the embedding of the empty prompt, as the pipeline takes it for guidance."""
         return self.encode_prompts([""])
+
+    @torch.no_grad()
+    def prompt_ids(self, prompts: Sequence[str]) -> PromptIds:
+        """Return the prompts as the CLIPs' tokens, and encoded by the T5 [N, K', D]."""
+        if self._num_t5_tokens == 0:
+            return super().prompt_ids(prompts)
+        others = self.encode_prompts(prompts).tokens[:, self.text.num_tokens :]
+        return PromptIds(self.text.ids(prompts), others.clone())
+
+    def encode_ids(self, ids: PromptIds) -> PromptEmbeddings:
+        """Return the CLIPs' penultimate layers side by side, then the T5's tokens, [N, K, D].
+
+        What is pooled [N, W] is both CLIPs'. The T5's part has no gradient.
+        """
+        outputs = [
+            clip(ids.clips[component], output_hidden_states=True)
+            for component, clip in self.text.clips.items()
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        width = self._pipeline.transformer.config.joint_attention_dim
+        tokens = F.pad(tokens, (0, width - tokens.shape[-1]))
+        if ids.others is not None:
+            tokens = torch.cat([tokens, ids.others], dim=1)
+        return PromptEmbeddings(tokens, torch.cat([out.text_embeds for out in outputs], dim=-1))
 
     def size_conditions(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]

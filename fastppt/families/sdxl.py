@@ -6,12 +6,15 @@ Shape legend: B batch, N prompts, K text tokens, D text width, W pooled width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from fastppt.families.base import PromptEmbeddings
+from fastppt.config import ModelConfig
+from fastppt.families.base import PromptEmbeddings, PromptIds
+from fastppt.families.text_encoders import PROJECTIONS
 from fastppt.families.unet import UNetFamily
 
 
@@ -20,15 +23,24 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     lora_component = "unet"
-    unread_projections: tuple[str, ...] = ()
     kohya_model_version = "sdxl_base_v1-0"
     modelspec_architecture = "stable-diffusion-xl-v1-base"
     # Adaptive Personalized Training, arXiv 2507.02687: the coarser two up blocks, and T.
     aligned_blocks: tuple[str, ...] = ("up_blocks.0", "up_blocks.1")
     indicator_temperature = 1000.0
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
+    def __init__(
+        self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(pipeline, model, device, dtype)
+        # The first encoder is read before its last layer, and nothing pooled of it.
+        last = pipeline.text_encoder.config.num_hidden_layers - 1
+        self.unread_projections: tuple[str, ...] = tuple(
+            f"text_encoder.text_model.encoder.layers.{last}.self_attn.{name}"
+            for name in PROJECTIONS
+        )
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return tokens [N, K, D] and pooled [N, W], as the pipeline encodes prompts."""
         tokens, _, pooled, _ = self._pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
@@ -42,6 +54,21 @@ class StableDiffusionXL(UNetFamily):
             "", device=self.device, do_classifier_free_guidance=True
         )
         return PromptEmbeddings(tokens.to(self.dtype), pooled.to(self.dtype))
+
+    def encode_ids(self, ids: PromptIds) -> PromptEmbeddings:
+        """Return both encoders' penultimate layers side by side [N, K, D], the second's pooled."""
+        outputs = [
+            clip(ids.clips[component], output_hidden_states=True)
+            for component, clip in self.text.clips.items()
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return PromptEmbeddings(tokens, outputs[-1].text_embeds)
+
+    def negative_ids(self) -> PromptIds | None:
+        """Return the empty prompt; None where the pipeline has zeros for it."""
+        if self._pipeline.config.force_zeros_for_empty_prompt:
+            return None
+        return super().negative_ids()
 
     def size_conditions(
         self, original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]

@@ -36,6 +36,8 @@ Source = Literal["mini model", "single file", "diffusers folder", "hub id"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 INDEX = "model_index.json"
+# Where the classes of a model's parts may come from.
+LIBRARIES = ("diffusers", "transformers")
 HUB_HINT = "; is its name right, and is the hub within reach?"
 
 
@@ -232,6 +234,7 @@ def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> An
     assert model.path is not None
     left_out = _left_out(model, family)
     if model.config_folder is not None:
+        _null_components(model.config_folder, family)
         used = [name for name in COMPONENTS[family] if name not in left_out]
         check_configs(model.config_folder, used)
     offline = model.config_folder is not None
@@ -270,8 +273,6 @@ def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> An
 
 def _outline_component(folder: Path, library: str, class_name: str) -> nn.Module:
     """Return a component of a folder on the meta device."""
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"{folder.name} is a {class_name} of {library}")
     kind = getattr(import_module(library), class_name)
     if library == "diffusers":
         return _outline(kind, kind.load_config(folder))
@@ -305,10 +306,21 @@ def _null_components(folder: Path, family: str) -> dict[str, None]:
     """Return the components that a folder was saved without.
 
     Raises:
-        UserError: the family cannot do without one.
+        UserError: the family cannot do without one, or one is of another library than `LIBRARIES`.
     """
     index = read_index(folder)
-    null = [name for name in COMPONENTS[family] if not (index.get(name) or [None])[0]]
+    null = []
+    for name in COMPONENTS[family]:
+        match index.get(name):
+            case None | [None, None]:
+                null.append(name)
+            case [str() as library, str()] if library in LIBRARIES:
+                pass
+            case entry:
+                raise UserError(
+                    f"model {folder}: {INDEX} says of {name} {entry!r}; fastppt reads parts of "
+                    f"{' and '.join(LIBRARIES)} alone, for others can bring code of their own"
+                )
     for name in null:
         if name not in LARGE_TEXT_ENCODERS.get(family, ()):
             raise UserError(f"model {folder}: {INDEX} names no {name}, which training needs")

@@ -83,6 +83,10 @@ class UNetFamily(PipelineFamily):
         features: Tensor = output[0] if isinstance(output, tuple) else output
         return features
 
+    def with_features(self, output: Any, features: Tensor) -> Any:
+        """Return a layer's output with other features, a tuple where it was one."""
+        return (features, *output[1:]) if isinstance(output, tuple) else features
+
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B] int64, uniform over 0..T-1."""
         return torch.randint(

@@ -115,8 +115,8 @@ class JointLora:
             grad_blocks, self._up, beta=0, alpha=self.scale
         )
         low_rank_blocks = _blocks(low_ranks, self.num_adapted)
-        _add_product_(self._up_grad, grad_blocks.mT, low_rank_blocks, self.scale)
-        _add_product_(self._down_grad, low_rank_grads.t()[None], rows[None], 1.0)
+        add_product_(self._up_grad, grad_blocks.mT, low_rank_blocks, self.scale)
+        add_product_(self._down_grad, low_rank_grads.t()[None], rows[None], 1.0)
         return low_rank_grads
 
     def add_row_gradients_(self, row_grads: Tensor, low_rank_grads: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _blocks(rows: Tensor, num_blocks: int) -> Tensor:
     return rows.view(rows.shape[0], num_blocks, -1).transpose(0, 1)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """Add ``scale * left @ right`` in place; [a, x, y], [a, x, z], [a, z, y].
 
     Rounds to ``total.dtype`` alone: products in 16 bits are summed in float32, and on a GPU added

@@ -50,6 +50,7 @@ class LoraAdapters:
         seed: Of the initial down-projections; drawn on the CPU, so the same on every device.
         device: Where values and gradients live.
         dtype: Of values and gradients; float32 unless arithmetic is being checked.
+        key: The trainable's table in the configuration, for messages.
 
     Attributes:
         pairs: The adapters by projection, in the order of the network's modules.
@@ -68,12 +69,14 @@ class LoraAdapters:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        key: str = "stage.0.trainables.lora",
     ) -> None:
         assert not isinstance(config.targets, str)
+        self._key = key
         self.rank = config.rank
         self.alpha = config.alpha if config.alpha is not None else float(config.rank)
         self.switch = AdapterSwitch()
-        adapted = _match(config.targets, [name for group in groups for name in group.names])
+        adapted = _match(config.targets, [name for group in groups for name in group.names], key)
         layouts = [layout for group in groups if (layout := _Layout.of(group, adapted))]
         shapes = [shape for layout in layouts for shape in layout.shapes(self.rank)]
         working_dtype = groups[0].linears[0].weight.dtype
@@ -131,12 +134,12 @@ class LoraAdapters:
             if name not in here:
                 raise UserError(
                     f"{name}: has an adapter in the file and none here; "
-                    "set stage.0.trainables.lora.targets so that it matches"
+                    f"set {self._key}.targets so that it matches"
                 )
             if down.shape[0] != self.rank:
                 raise UserError(
                     f"{name}: rank {down.shape[0]} in the file and {self.rank} here; "
-                    f"set stage.0.trainables.lora.rank to {down.shape[0]}"
+                    f"set {self._key}.rank to {down.shape[0]}"
                 )
             if (down.shape, up.shape) != (here[name].down.shape, here[name].up.shape):
                 raise UserError(
@@ -148,7 +151,7 @@ class LoraAdapters:
         if missing:
             raise UserError(
                 f"{missing[0]}: has an adapter here and none in the file "
-                f"({len(missing)} such); set stage.0.trainables.lora.targets so that it matches"
+                f"({len(missing)} such); set {self._key}.targets so that it matches"
             )
         for name, (down, up, scale) in weights.items():
             pair = here[name]
@@ -182,7 +185,7 @@ class _Layout:
             yield LoraPair(name, down, up, joint.scale)
 
 
-def _match(targets: list[str] | None, names: list[str]) -> set[str]:
+def _match(targets: list[str] | None, names: list[str], key: str) -> set[str]:
     if targets is None:
         return set(names)
     adapted: set[str] = set()
@@ -191,7 +194,7 @@ def _match(targets: list[str] | None, names: list[str]) -> set[str]:
         if not matches:
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.0)
             raise UserError(
-                f"stage.0.trainables.lora.targets: {target!r} matches no attention projection; "
+                f"{key}.targets: {target!r} matches no attention projection; "
                 f"the nearest are {', '.join(near)}"
             )
         adapted.update(matches)
