@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from fastppt.config import PromptsConfig
 from fastppt.data.latents import LatentBank, encode_latents
-from fastppt.data.photos import Photo, cover_scale, crop_photo
+from fastppt.data.photos import Photo, cover_scale, crop_photo, outline_crop
 from fastppt.data.prompts import PromptBank, encode_prompt_bank
 from fastppt.data.views import View
 from fastppt.families.base import Family
@@ -94,6 +94,8 @@ def encode_buckets(
     sizes: Sequence[tuple[int, int]],
     views: Sequence[Sequence[View]] | None = None,
     on_encoded: Callable[[], object] = lambda: None,
+    *,
+    move_text: bool = False,
 ) -> list[Bucket]:
     """Crop each photo to its size and encode it once, and its augmented views.
 
@@ -108,17 +110,20 @@ def encode_buckets(
         sizes: (height, width) of each photo's bucket, pixels.
         views: The augmented views of each photo, of all the same number; None for none.
         on_encoded: Called after each picture.
+        move_text: Whether text is trained.
 
     Returns:
         The buckets that have photos, in the order of their first.
     """
-    crops = [crop_photo(photo, size) for photo, size in zip(photos, sizes, strict=True)]
-    bank = encode_prompt_bank(family, prompts, photos, crops)
+    outlines = [outline_crop(photo, size) for photo, size in zip(photos, sizes, strict=True)]
+    bank = encode_prompt_bank(family, prompts, photos, outlines, move_text=move_text)
     buckets = []
     for size in dict.fromkeys(sizes):
         rows = [row for row, other in enumerate(sizes) if other == size]
         own_views = [views[row] if views is not None else () for row in rows]
-        latents = encode_latents(family, [crops[row] for row in rows], own_views, on_encoded)
+        # One at a time: thousands of photos do not fit into memory.
+        crops = (crop_photo(photos[row], size) for row in rows)
+        latents = encode_latents(family, crops, own_views, on_encoded)
         numbered = {row: photos[row] for row in rows}
         buckets.append(Bucket(size, numbered, latents, bank.select(rows)))
     return buckets

@@ -6,7 +6,7 @@ width, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ class LatentBank:
 
 def encode_latents(
     family: Family,
-    photos: Sequence[CroppedPhoto],
+    photos: Iterable[CroppedPhoto],
     views: Sequence[Sequence[View]],
     on_encoded: Callable[[], object],
 ) -> LatentBank:
@@ -76,14 +76,18 @@ def encode_latents(
         views: The augmented views of each, of all the same number.
         on_encoded: Called after each picture.
     """
-    rows = []
-    for photo, own_views in zip(photos, views, strict=True):
-        row = []
-        for view in (None, *own_views):
-            row.append(encode_picture(family, photo.pixels, view))
+    posteriors: Tensor | None = None
+    for number, (photo, own_views) in enumerate(zip(photos, views, strict=True)):
+        for place, view in enumerate((None, *own_views)):
+            latent_2chw = encode_picture(family, photo.pixels, view)
+            if posteriors is None:
+                # All at once: what does not fit is found out with the first picture.
+                shape = len(views), 1 + len(own_views), *latent_2chw.shape
+                posteriors = latent_2chw.new_empty(shape)
+            posteriors[number, place] = latent_2chw
             on_encoded()
-        rows.append(torch.stack(row))
-    return LatentBank(torch.stack(rows))
+    assert posteriors is not None
+    return LatentBank(posteriors)
 
 
 def encode_picture(family: Family, pixels_chw: Tensor, view: View | None) -> Tensor:

@@ -11,9 +11,30 @@ import torch
 from torch import Tensor
 
 from fastppt.config import PromptsConfig
-from fastppt.data.columns import align_columns
+from fastppt.data.columns import Prompt, align_columns
 from fastppt.data.photos import CroppedPhoto, Photo
-from fastppt.families.base import Family, PromptEmbeddings
+from fastppt.errors import UserError
+from fastppt.families.base import Family, PromptEmbeddings, PromptIds
+
+# What a user writes where the subject, or its everyday noun, is named.
+SUBJECT, CLASS_NOUN = "{subject}", "{class_noun}"
+
+
+@dataclass(frozen=True)
+class LivePrompts:
+    """Prompts that are encoded when they are asked for, by text encoders that are trained.
+
+    Attributes:
+        ids: One row a prompt.
+        family: Who encodes them.
+    """
+
+    ids: PromptIds
+    family: Family
+
+    def encode(self, rows: Tensor | slice = slice(None)) -> PromptEmbeddings:
+        """Return prompts as the encoders are now, with gradients; all, or those of some rows."""
+        return self.family.encode_ids(self.ids[rows])
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,9 @@ class PromptBank:
         columns: [P, K] int64, the token of the class prompt that each token of the subject prompt
             is compared with; -1: none.
         sizes: [P, S], what the network is told of each photo's size.
+        live: The same prompts in the rows of `embeddings`, where text is trained: these are then
+            what the untouched encoders made of them, and subject prompts are encoded anew each
+            time. None where it is not.
     """
 
     embeddings: PromptEmbeddings
@@ -34,6 +58,7 @@ class PromptBank:
     class_rows: Tensor
     columns: Tensor
     sizes: Tensor
+    live: LivePrompts | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -41,11 +66,14 @@ class PromptBank:
         pooled = self.embeddings.pooled
         tensors = [self.embeddings.tokens, *([] if pooled is None else [pooled])]
         tensors += [self.subject_rows, self.class_rows, self.columns, self.sizes]
+        if self.live is not None:
+            tensors += self.live.ids.tensors
         return sum(tensor.nbytes for tensor in tensors)
 
     def subject(self, photos: Tensor) -> PromptEmbeddings:
         """Return the subject prompts of the given photos, [B] int64."""
-        return self.embeddings[self.subject_rows[photos]]
+        rows = self.subject_rows[photos]
+        return self.embeddings[rows] if self.live is None else self.live.encode(rows)
 
     def plain_class(self, photos: Tensor) -> PromptEmbeddings:
         """Return the class prompts of the given photos, [B] int64."""
@@ -60,6 +88,7 @@ class PromptBank:
             self.class_rows[rows],
             self.columns[rows],
             self.sizes[rows],
+            self.live,
         )
 
 
@@ -71,8 +100,7 @@ def subject_words(prompts: PromptsConfig) -> str:
 
 def subject_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:
     """Return the prompt c* of a photo: its caption or the template, {subject} filled in."""
-    text = caption if caption is not None else prompts.template
-    return text.replace("{subject}", subject_words(prompts))
+    return subject_parts(prompts, caption).text
 
 
 def class_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:
@@ -80,9 +108,21 @@ def class_prompt(prompts: PromptsConfig, caption: str | None = None) -> str:
 
     Without a caption of its own it is the run's ``class_prompt``.
     """
+    return class_parts(prompts, caption).text
+
+
+def subject_parts(prompts: PromptsConfig, caption: str | None = None) -> Prompt:
+    """Return the prompt c* of a photo, cut where the subject stands."""
+    text = caption if caption is not None else prompts.template
+    return Prompt.of(text, SUBJECT, subject_words(prompts))
+
+
+def class_parts(prompts: PromptsConfig, caption: str | None = None) -> Prompt:
+    """Return the prompt c of the plain class, cut where the class noun stands."""
+    noun = str(prompts.class_noun)
     if caption is not None:
-        return caption.replace("{subject}", str(prompts.class_noun))
-    return prompts.class_prompt.replace("{class_noun}", str(prompts.class_noun))
+        return Prompt.of(caption, SUBJECT, noun)
+    return Prompt.of(prompts.class_prompt, CLASS_NOUN, noun)
 
 
 def sample_prompts(prompts: PromptsConfig) -> list[str]:
@@ -96,26 +136,52 @@ def encode_prompt_bank(
     prompts: PromptsConfig,
     photos: Sequence[Photo],
     crops: Sequence[CroppedPhoto],
+    *,
+    move_text: bool = False,
 ) -> PromptBank:
-    """Encode each different subject and class prompt once and note which photo has which."""
+    """Encode each different subject and class prompt once and note which photo has which.
+
+    Args:
+        family: The loaded model. Adapters of its text encoders are off meanwhile.
+        prompts: The run's.
+        photos: The subject's.
+        crops: What is used of each.
+        move_text: Whether text is trained, so that subject prompts must be encoded anew.
+
+    Raises:
+        UserError: a class prompt that says the new word, which the base does not know.
+    """
     subjects = [subject_prompt(prompts, photo.caption) for photo in photos]
     classes = [class_prompt(prompts, photo.caption) for photo in photos]
     unique = list(dict.fromkeys([*subjects, *classes]))
-    tokens = {text: family.token_blocks(text) for text in unique}
-    columns = [
-        align_columns(tokens[subject], tokens[base])
-        for subject, base in zip(subjects, classes, strict=True)
-    ]
+    rows = {text: row for row, text in enumerate(unique)}
+    captions = [photo.caption for photo in photos]
+    columns = {
+        caption: align_columns(
+            family, subject_parts(prompts, caption), class_parts(prompts, caption)
+        ).columns
+        for caption in dict.fromkeys(captions)
+    }
     sizes = [
         family.size_conditions(photo.size, crop.crop, crop.size)
         for photo, crop in zip(photos, crops, strict=True)
     ]
+    for text in classes:
+        if family.text.has_new_word(text):
+            raise UserError(
+                f"prompts.token: {prompts.token!r} is read in the class prompt {text!r} too, which "
+                "asks the base model, and it does not know the word. Change one of the two; "
+                f"'<{prompts.token.strip('<>')}>' stands in no other word"
+            )
+    with family.text.base():
+        embeddings = family.encode_prompts(unique)
     return PromptBank(
-        embeddings=family.encode_prompts(unique),
-        subject_rows=torch.tensor([unique.index(text) for text in subjects], device=family.device),
-        class_rows=torch.tensor([unique.index(text) for text in classes], device=family.device),
-        columns=torch.tensor(columns, device=family.device),
+        embeddings=embeddings,
+        subject_rows=torch.tensor([rows[text] for text in subjects], device=family.device),
+        class_rows=torch.tensor([rows[text] for text in classes], device=family.device),
+        columns=torch.tensor([columns[caption] for caption in captions], device=family.device),
         sizes=torch.stack(sizes),
+        live=LivePrompts(family.prompt_ids(unique), family) if move_text else None,
     )
 
 

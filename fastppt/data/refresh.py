@@ -82,6 +82,27 @@ class ViewRefresh:
         self._step = 0
         self._begun: tuple[_Place, list[View]] | None = None
 
+    def start_at(self, num_steps: int) -> None:
+        """Put bank and staging where they are after so many calls of `before_step`.
+
+        Args:
+            num_steps: Steps that might draw augmented views and have been taken; none by this
+                object yet.
+        """
+        if num_steps == 0:
+            return
+        every, num_views = self._settings.refresh_every, self._settings.views
+        refresh, offset = divmod(num_steps - 1, every)
+        # Each photo's latest views; those before have been replaced.
+        for earlier in range(max(0, refresh - len(self._places)), refresh):
+            self._begin(earlier)
+            self._encode(range(num_views))
+            self._take_in()
+        if refresh * every + every < self._num_steps:
+            self._begin(refresh)
+            self._encode(range((offset + 1) * num_views // every))
+        self._step = num_steps
+
     def before_step(self) -> None:
         """Do what is due before the next step that may draw augmented views."""
         every = self._settings.refresh_every

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from fastppt.data.photos import crop_photo, find_photos
+from fastppt.data.photos import crop_photo, find_photos, outline_crop
 from fastppt.errors import UserError
 
 
@@ -188,14 +193,124 @@ def broken_images() -> dict[str, bytes]:
 def test_corrupt_images_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(broken_images()[name])
     with pytest.raises(UserError, match="cannot be read as an image") as error:
+        only_photo(tmp_path)
+    assert name in str(error.value)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that ends behind its header."""
+    fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields
+    return start + struct.pack(">I", zlib.crc32(fields)) + struct.pack(">I", 10) + b"IDAT"
+
+
+def test_image_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png_header(60_000, 60_000))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.png has 60000x60000 pixels.* too many pixels"):
+        find_photos(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    (tmp_path / "a.png").write_bytes(png_header(16_320, 12_240))
+    (photo,) = find_photos(tmp_path)
+    assert photo.size == (12_240, 16_320)
+
+
+def test_limits_of_the_library_for_others_stay_as_they_are(tmp_path: Path) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    striped(32, 32).save(tmp_path / "a.png")
+    only_photo(tmp_path)
+    assert before == Image.MAX_IMAGE_PIXELS is not None
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("GIF", "png"), ("TIFF", "jpg"), ("BMP", "webp")])
+def test_other_formats_are_refused_whatever_they_are_called(
+    tmp_path: Path, kind: str, suffix: str
+) -> None:
+    striped(32, 32).save(tmp_path / f"a.{suffix}", format=kind)
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        find_photos(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_animations_are_refused(tmp_path: Path, suffix: str) -> None:
+    frames = [striped(32, 32), striped(32, 32).rotate(90)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="is an animation"):
+        find_photos(tmp_path)
+
+
+def test_of_a_photo_with_more_pictures_the_first_is_taken(tmp_path: Path) -> None:
+    """Phones add a depth map, or a preview."""
+    more = [Image.new("RGB", (16, 16))]
+    striped(64, 32).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=more)
+    (photo,) = find_photos(tmp_path)
+    assert photo.size == (32, 64)
+    assert colour(crop_photo(photo, (32, 32)).pixels, 16, 16)[1] > 200
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_the_size_that_the_header_tells_is_that_of_the_decoded_photo(
+    tmp_path: Path, suffix: str, turn: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    striped(64, 32).save(tmp_path / f"a.{suffix}", exif=exif)
+    (photo,) = find_photos(tmp_path)
+    assert photo.size == ((64, 32) if turn in (6, 8) else (32, 64))
+    crop, outline = crop_photo(photo, (16, 24)), outline_crop(photo, (16, 24))
+    assert crop.crop == outline.crop and crop.pixels.shape == outline.pixels.shape
+
+
+def test_a_photo_that_changes_in_between_is_named(tmp_path: Path) -> None:
+    striped(64, 32).save(tmp_path / "a.png")
+    (photo,) = find_photos(tmp_path)
+    striped(32, 64).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png has changed"):
+        crop_photo(photo, (32, 32))
+
+
+def test_a_photo_that_is_a_line_is_refused(tmp_path: Path) -> None:
+    striped(1, 30_000).save(tmp_path / "a.png")
+    (photo,) = find_photos(tmp_path)
+    with pytest.raises(UserError, match="too long and thin"):
+        crop_photo(photo, (1024, 1024))
+
+
+ODD_NAMES = [
+    "my dog (1).png",
+    "-rf.png",
+    "gr\u00fcn.png",
+    "gru\u0308n.png",
+    "line\nbreak.png",
+    "\x1b[31mred.png",
+    "x" * 251 + ".png",
+    os.fsdecode(b"latin-\xe9.png"),
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_photos_of_any_name_are_read_and_named(tmp_path: Path, name: str) -> None:
+    striped(32, 32).save(tmp_path / name)
+    (photo,) = find_photos(tmp_path)
+    assert photo.path.name == name
+    (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(UserError) as error:
         find_photos(tmp_path)
     assert name in str(error.value)
 
 
-def test_image_of_too_many_pixels_is_refused(
+def test_ten_thousand_photos_are_found_without_decoding_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    striped(32, 32).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="too many pixels"):
-        find_photos(tmp_path)
+    striped(32, 24).save(tmp_path / "0.png")
+    for number in range(1, 10_000):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+
+    def decoded(image: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImageFile, "load", decoded)
+    photos = find_photos(tmp_path)
+    assert len(photos) == 10_000 and {photo.size for photo in photos} == {(24, 32)}

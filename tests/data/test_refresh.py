@@ -106,6 +106,31 @@ def test_a_refresh_changes_one_photo_at_the_promised_step_and_nothing_else(
     assert addresses == [bucket.latents.posteriors.data_ptr() for bucket in buckets]
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_refresh_that_starts_at_any_step_goes_on_as_if_it_had_been_there(
+    family: Family, three_photos: Path, every: int
+) -> None:
+    settings, num_steps = SETTINGS.model_copy(update={"refresh_every": every}), 18
+    whole = encoded(family, three_photos, settings)
+    refresh = ViewRefresh(family, settings, SEED, whole, num_steps)
+    history = [banks(whole)]
+    for _ in range(num_steps):
+        refresh.before_step()
+        history.append(banks(whole))
+    for start in range(0, num_steps + 1, 1 if every == 4 else 5):
+        buckets = encoded(family, three_photos, settings)
+        refresh = ViewRefresh(family, settings, SEED, buckets, num_steps)
+        refresh.start_at(start)
+        assert same(banks(buckets), history[start]), start
+        for step in range(start, min(start + 5, num_steps)):
+            refresh.before_step()
+            assert same(banks(buckets), history[step + 1]), (start, step)
+
+
+def same(first: dict[int, Tensor], second: dict[int, Tensor]) -> bool:
+    return all(torch.equal(first[number], second[number]) for number in first | second)
+
+
 @pytest.mark.parametrize(("every", "counts"), [(4, [0, 1, 1, 1]), (1, [3]), (2, [1, 2])])
 def test_encoding_is_spread_evenly_over_the_steps(
     family: Family, three_photos: Path, monkeypatch: pytest.MonkeyPatch, every: int, counts: list
@@ -222,7 +247,7 @@ def test_the_vae_stays_where_it_refreshes(
 
     kept: list[bool] = []
     monkeypatch.setattr(
-        PipelineFamily, "release_encoders", lambda self, *, keep_vae=False: kept.append(keep_vae)
+        PipelineFamily, "release_encoders", lambda self, *, keep_vae, **_: kept.append(keep_vae)
     )
     train_run(make_config(**AUGMENTING | {"stage.0.steps": 1}))
     refreshed = AUGMENTING | {"stage.0.steps": 3, "photos.refresh_every": 1}
