@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from pathlib import Path
 from fastppt.config import RunConfig
 from fastppt.config_io import build_config, render_toml
 from fastppt.errors import UserError
-from fastppt.outputs.files import write_file
-from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
+from fastppt.outputs.files import ERROR_LOG, write_file
+from fastppt.outputs.lock import check_place
+from fastppt.outputs.lora_files import files_of_run
 
 # Bytes, on every file system that is in use.
 LONGEST_NAME = 255
+# What a checkpoint keeps beside the files of a run.
+STATE_FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,19 @@ class RunFolder:
         """TensorBoard's event files."""
         return self.root / "tensorboard"
 
+    @property
+    def plots(self) -> Path:
+        """Pictures of the metrics."""
+        return self.root / "plots"
+
     def grid(self, step: int) -> Path:
         """The grid drawn after a step."""
         return self.samples / f"step-{step:06d}.png"
+
+    def grids(self) -> dict[int, Path]:
+        """The grids that are there, by their step."""
+        steps = {path: path.stem.removeprefix("step-") for path in self.samples.glob("step-*.png")}
+        return {int(step): path for path, step in steps.items() if step.isdecimal()}
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after a step."""
@@ -70,8 +84,8 @@ class RunFolder:
             self.samples,
             self.checkpoints,
             self.tensorboard,
-            self.root / DIFFUSERS_FILE,
-            self.root / f"{run_name(config)}.safetensors",
+            self.plots,
+            *(self.root / name for name in files_of_run(config)),
         ]
 
 
@@ -84,28 +98,18 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
     """
     assert config.output is not None
     folder = RunFolder(config.output)
-    if f"{run_name(config)}.safetensors" == DIFFUSERS_FILE:
-        raise UserError(
-            f"name {run_name(config)}: is that of the LoRA file in diffusers' form; "
-            "pass another --name"
-        )
-    if len(f".{run_name(config)}.safetensors.{os.getpid()}.tmp".encode()) > LONGEST_NAME:
-        raise UserError(
-            f"name {run_name(config)}: is too long for a file's name; pass a shorter --name"
-        )
-    for place in (config.output, *config.output.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"output {config.output}: {place} is a file; choose another folder")
+    check_names(files_of_run(config))
+    check_place(config.output)
+    own: list[Path] = []
     if folder.config.exists():
         if not overwrite:
             raise UserError(
-                f"output {config.output}: holds another run; choose another folder, "
-                "or pass --overwrite to delete that run"
+                f"output {config.output}: holds another run; go on with that run with --resume "
+                f"{config.output}, pass --overwrite to delete it, or choose another folder"
             )
-        _read_old_config(folder)
-        return folder
+        own = folder.written_by(_read_old_config(folder))
     for path in folder.written_by(config):
-        if path.exists():
+        if path.exists() and path not in own:
             raise UserError(
                 f"output {config.output}: holds {path.name}, which is of no run and would be "
                 "replaced; choose an empty folder"
@@ -113,20 +117,69 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
     return folder
 
 
+def check_names(names: list[str]) -> None:
+    """Refuse names of the run's files that are the same, or too long.
+
+    Args:
+        names: As `files_of_run` returns them: of two LoRA files, and of a learned word.
+    """
+    flags = ("--name", "--name", "--token")
+    for index, name in enumerate(names):
+        stem = Path(name).stem
+        # The word lies in checkpoints, too.
+        taken = names[:index] if index < 2 else [*names[:index], STATE_FILE]
+        if name in taken:
+            raise UserError(
+                f"{flags[index].removeprefix('--')} {stem}: gives {name}, the name of another "
+                f"file of the run; pass another {flags[index]}"
+            )
+        if len(f".{name}.{os.getpid()}.tmp".encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{flags[index].removeprefix('--')} {stem}: is too long for a file's name; pass a "
+                f"shorter {flags[index]}"
+            )
+
+
+def delete_leftovers(folder: RunFolder, config: RunConfig) -> None:
+    """Delete what a run that was killed left of files and checkpoints it was writing, and its log.
+
+    Args:
+        folder: The run's.
+        config: Likewise.
+    """
+    names = [path.name for path in folder.written_by(config)]
+    for path in [
+        *(path for name in names for path in folder.root.glob(f".{glob.escape(name)}.*.tmp")),
+        folder.root / ERROR_LOG,
+        *folder.samples.glob(".step-*.tmp"),
+        *folder.checkpoints.glob(".step-*.tmp"),
+        *folder.plots.glob(".*.tmp"),
+    ]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def open_folder(folder: RunFolder, config: RunConfig) -> None:
     """Delete the run that is there, if any, and write the new run's configuration.
+
+    What is left of one that was killed before it had written that is deleted, too.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     if folder.config.exists():
         _delete_run(folder)
+    delete_leftovers(folder, config)
     write_file(folder.config, render_toml(config))
 
 
 def _delete_run(folder: RunFolder) -> None:
     # The configuration goes last: a deletion that is cut short still leaves a run to overwrite.
-    paths = folder.written_by(_read_old_config(folder))
+    old = _read_old_config(folder)
+    delete_leftovers(folder, old)
+    paths = folder.written_by(old)
     for path in (*(path for path in paths if path != folder.config), folder.config):
         try:
             if path.is_dir() and not path.is_symlink():

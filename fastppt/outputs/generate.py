@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,20 @@ from fastppt.config import LoraConfig, ModelConfig, RunConfig, SamplesConfig
 from fastppt.config_io import build_config
 from fastppt.data.prompts import quiet_truncation
 from fastppt.errors import UserError
+from fastppt.families.attention import Projections
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family, resolve_resolution
+from fastppt.outputs.embeddings import check_fits, read_embedding
 from fastppt.outputs.files import write_file
-from fastppt.outputs.lora_files import find_lora_file, read_lora_file
+from fastppt.outputs.lora_files import LoraWeights, Weights, find_lora_file, read_lora_file
 from fastppt.outputs.lora_forms import is_peft_folder
 from fastppt.outputs.samples import png_bytes
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.tokens import LearnedTokens
+from fastppt.trainables.trainables import Trainables
 
 CONFIG_FILE = "config.toml"
+# Bytes of a prompt in a picture's name, to which a seed is added.
 LONGEST_STEM = 60
 # The keys of the model table that say which model it is, and those that say how it reads prompts.
 MODEL_KEYS = {"path", "revision", "variant", "config_folder", "vae"}
@@ -64,6 +69,7 @@ def generate(
     resolution: int | None,
     output: Path | None,
     model: Mapping[str, Any],
+    embedding: Path | None = None,
 ) -> list[Path]:
     """Draw pictures with a LoRA and write them as PNG files.
 
@@ -80,9 +86,11 @@ def generate(
         output: Folder for the pictures; `generated` beside the LoRA if None.
         model: Keys of the `model` table that win over the run's; None leaves one to the run. The
             path is needed where no run's configuration names it.
+        embedding: File of a learned word; None looks beside the LoRA for that of its own.
 
     Raises:
-        UserError: no LoRA there, no base model known, or the two do not fit.
+        UserError: no LoRA there, no base model known, the two do not fit, or the prompt says a
+            learned word whose file is not there.
     """
     file = find_lora_file(lora)
     config = run_config_of(lora)
@@ -90,7 +98,11 @@ def generate(
         raise UserError(f"LoRA {lora}: no {CONFIG_FILE} beside it; pass --model")
     samples = config.samples if config else SamplesConfig()
     family = load_family(_model_config(config, model))
-    install_lora(family, file)
+    weights = read_lora_file(file, family)
+    install_lora(family, weights)
+    word_file = find_word(weights, embedding, prompt)
+    if word_file is not None:
+        install_word(family, word_file, prompt)
     trained_at = config.photos.resolution if config else None
     side = resolve_resolution(resolution or trained_at, family)
     first = samples.seed if seed is None else seed
@@ -131,17 +143,77 @@ def _model_config(config: RunConfig | None, given: Mapping[str, Any]) -> ModelCo
         ) from None
 
 
-def install_lora(family: Family, file: Path) -> LoraAdapters:
-    """Put the adapters of a LoRA file into the family's network."""
-    weights = read_lora_file(file, family)
+def install_lora(family: Family, weights: LoraWeights) -> Trainables:
+    """Put the adapters of a LoRA file into the family's network and text encoders.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    lora = _install(family, family.make_adaptable(), weights.network, weights.file)
+    if not weights.text:
+        return Trainables(lora)
+    places = family.text.make_adaptable(family.unread_projections)
+    return Trainables(lora, _install(family, places, weights.text, weights.file))
+
+
+def _install(
+    family: Family, groups: Sequence[Projections], weights: Weights, file: Path
+) -> LoraAdapters:
     ranks = sorted({down.shape[0] for down, _, _ in weights.values()})
     if len(ranks) > 1:
-        raise UserError(f"LoRA {file}: has ranks {ranks}; fastppt reads files of one rank")
+        raise UserError(
+            f"LoRA {file}: has ranks {ranks} ({next(iter(weights))} and its like); fastppt reads "
+            "files of one rank for the network and one for the text encoders"
+        )
     config = LoraConfig(rank=ranks[0], targets=list(weights))
-    adapters = LoraAdapters(family.make_adaptable(), config, seed=0, device=family.device)
+    adapters = LoraAdapters(groups, config, seed=0, device=family.device)
     adapters.load(weights)
     return adapters
 
 
+def find_word(weights: LoraWeights, given: Path | None, prompt: str) -> Path | None:
+    """Return the embedding file to load; None where the prompt says no learned word.
+
+    Args:
+        weights: The LoRA, which may name the learned word that it goes with.
+        given: The embedding file that the user names, if any.
+        prompt: What to draw.
+
+    Raises:
+        UserError: the prompt says the LoRA's word, and there is no file of it.
+    """
+    word = weights.word
+    if given is not None or word is None or word.lower() not in prompt.lower():
+        return given
+    if weights.word_file is None or not weights.word_file.is_file():
+        raise UserError(
+            f"LoRA {weights.file}: goes with the learned word {word}, which the prompt says, and "
+            f"there is no embedding {weights.word_file}; pass --embedding FILE"
+        )
+    return weights.word_file
+
+
+def install_word(family: Family, path: Path, prompt: str) -> LearnedTokens:
+    """Teach the family's text encoders the word of an embedding file.
+
+    Raises:
+        UserError: it cannot be read, is of another model, or its word is one of the model's own.
+    """
+    embedding = read_embedding(path)
+    check_fits(path, embedding, family)
+    if embedding.word.lower() not in prompt.lower():
+        logger.warning("embedding %s: the prompt does not say its word %s", path, embedding.word)
+    try:
+        tokens = LearnedTokens(
+            family.text, embedding.word, vectors=embedding.num_vectors, device=family.device
+        )
+    except UserError as error:
+        word = embedding.word
+        raise UserError(f"embedding {path}: its word {word!r} cannot be one ({error})") from None
+    tokens.load(embedding.rows)
+    return tokens
+
+
 def _stem(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower())[:LONGEST_STEM].strip("-") or "picture"
+    words = re.sub(r"\W+", "-", prompt.lower()).encode()[:LONGEST_STEM].decode(errors="ignore")
+    return words.strip("-") or "picture"

@@ -1,4 +1,4 @@
-"""What a LoRA file is: read from the file alone, no model loaded."""
+"""What a LoRA or an embedding file is: read from the file alone, no model loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rich.text import Text
 
 from fastppt.families.lora_keys import LayerName
 from fastppt.outputs.adapters import Adapter, LoraFile
+from fastppt.outputs.embeddings import Embedding, family_of, is_embedding_file, read_embedding
 from fastppt.outputs.lora_files import find_lora_file
 from fastppt.outputs.lora_forms import read_lora
+from fastppt.outputs.lora_metadata import WORD_KEY
 
 # Characters of a metadata entry that are shown.
 SHOWN_LENGTH = 100
@@ -46,13 +48,28 @@ class LoraInfo:
     warnings: list[str]
 
 
-def read_info(path: Path) -> LoraInfo:
-    """Read a LoRA file, a run's folder or peft's and look at its values.
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """What `fastppt info` says of an embedding file.
+
+    Attributes:
+        path: The file.
+        embedding: What is in it.
+    """
+
+    path: Path
+    embedding: Embedding
+
+
+def read_info(path: Path) -> LoraInfo | EmbeddingInfo:
+    """Read a LoRA file, a run's folder or peft's, or an embedding file, and look at its values.
 
     Raises:
         UserError: it cannot be read.
     """
     file = find_lora_file(path)
+    if is_embedding_file(file):
+        return EmbeddingInfo(file, read_embedding(file))
     lora = read_lora(file)
     squares: dict[str, float] = {}
     for layer, one in lora.adapters.items():
@@ -86,22 +103,57 @@ def target_patterns(layers: Iterable[LayerName]) -> Counter[str]:
     return Counter(CONTAINERS.sub("*.", path) for _, path in layers)
 
 
-def print_info(info: LoraInfo, console: Console) -> None:
-    """Print what a LoRA file is."""
-    console.print(_facts(info))
-    norms = Table("block", "norm of the change", title="what it adds to the weights")
-    for block, norm in info.norms.items():
-        norms.add_row(Text(block), f"{norm:.4g}")
-    console.print(norms)
-    if info.lora.metadata:
-        metadata = Table("metadata", "", title=f"{len(info.lora.metadata)} entries")
-        for key, value in sorted(info.lora.metadata.items()):
+def print_info(info: LoraInfo | EmbeddingInfo, console: Console) -> None:
+    """Print what a file is."""
+    if isinstance(info, EmbeddingInfo):
+        console.print(_table(_embedding_facts(info)))
+        metadata, warnings = info.embedding.metadata, _embedding_warnings(info.embedding)
+    else:
+        console.print(_table(_facts(info)))
+        norms = Table("block", "norm of the change", title="what it adds to the weights")
+        for block, norm in info.norms.items():
+            norms.add_row(Text(block), f"{norm:.4g}")
+        console.print(norms)
+        metadata, warnings = info.lora.metadata, info.warnings
+    if metadata:
+        entries = Table("metadata", "", title=f"{len(metadata)} entries")
+        for key, value in sorted(metadata.items()):
             text = " ".join(value.split())
             cut = text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}..."
-            metadata.add_row(Text(key), Text(cut))
-        console.print(metadata)
-    for warning in info.warnings:
+            entries.add_row(Text(key), Text(cut))
+        console.print(entries)
+    for warning in warnings:
         console.print(Text(f"warning: {warning}"), style="yellow", soft_wrap=True)
+
+
+def _table(facts: dict[str, str]) -> Table:
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, Text(value, overflow="fold"))
+    return table
+
+
+def _embedding_facts(info: EmbeddingInfo) -> dict[str, str]:
+    one = info.embedding
+    rows = list(one.rows.values())
+    return {
+        "file": str(info.path),
+        "form": "embedding of a learned word",
+        "word": one.word,
+        "family": family_of(one),
+        "vectors": str(one.num_vectors),
+        "width": ", ".join(f"{row.shape[1]} ({name})" for name, row in one.rows.items()),
+        "type": _counts(Counter(str(row.dtype).removeprefix("torch.") for row in rows)),
+        "norms": ", ".join(
+            " ".join(f"{norm:.4g}" for norm in row.double().norm(dim=1).tolist()) + f" ({name})"
+            for name, row in one.rows.items()
+        ),
+    }
+
+
+def _embedding_warnings(embedding: Embedding) -> list[str]:
+    bad = [name for name, row in embedding.rows.items() if not row.isfinite().all()]
+    return [f"vectors for {name} hold NaN or infinity" for name in bad]
 
 
 def _by_number(block: str) -> list[str | int]:
@@ -109,13 +161,13 @@ def _by_number(block: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", block)]
 
 
-def _facts(info: LoraInfo) -> Table:
+def _facts(info: LoraInfo) -> dict[str, str]:
     lora = info.lora
     adapters = lora.adapters.values()
     told = lora.detection
     tensors = [tensor for one in adapters for tensor in (one.down, one.up)]
     targets = target_patterns(lora.adapters)
-    rows = {
+    return {
         "file": str(info.path),
         "form": lora.form,
         "family": f"{told.family or 'unknown'} ({told.evidence})",
@@ -126,11 +178,7 @@ def _facts(info: LoraInfo) -> Table:
         "type": _counts(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
         "parameters": f"{sum(tensor.numel() for tensor in tensors):,}",
         "targets": _counts(targets, always=True),
-    }
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value, overflow="fold"))
-    return table
+    } | ({"learned word": word} if (word := lora.metadata.get(WORD_KEY)) else {})
 
 
 def _counts(counter: Counter[str] | Counter[int], *, always: bool = False) -> str:
@@ -143,7 +191,7 @@ def _counts(counter: Counter[str] | Counter[int], *, always: bool = False) -> st
 def _warnings(lora: LoraFile) -> list[str]:
     bad, silent = [], []
     for layer, one in lora.adapters.items():
-        if not (one.down.isfinite().all() and one.up.isfinite().all()):
+        if not (one.down.float().isfinite().all() and one.up.float().isfinite().all()):
             bad.append(".".join(layer))
         elif one.alpha == 0 or not one.down.any() or not one.up.any():
             silent.append(".".join(layer))

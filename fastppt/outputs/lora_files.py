@@ -1,9 +1,10 @@
-"""The LoRA files of a run: written when it ends, found and read when another starts from them."""
+"""The files of a run: written when it ends, found and read when another starts from them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,13 +15,18 @@ from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import Detection, has_kohya_form
+from fastppt.families.text_encoders import PROJECTIONS
 from fastppt.outputs.adapters import DTYPES, Adapter, Form, LoraFile
+from fastppt.outputs.embeddings import SUFFIX, embedding_name, write_embedding
 from fastppt.outputs.lora_forms import is_peft_folder, read_lora, write_lora
-from fastppt.outputs.lora_metadata import run_metadata
-from fastppt.trainables.lora import LoraAdapters
+from fastppt.outputs.lora_metadata import WORD_KEY, learned_word, run_metadata, word_entry
+from fastppt.trainables.lora import LoraPair
+from fastppt.trainables.trainables import Trainables
 
 CONFIG_FILE = "config.toml"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# What of a text encoder can be adapted.
+TEXT_PROJECTIONS = tuple(f"self_attn.{name}" for name in PROJECTIONS)
 
 logger = logging.getLogger(__name__)
 
@@ -29,51 +35,70 @@ def write_lora_files(
     folder: Path,
     config: RunConfig,
     family: Family,
-    adapters: LoraAdapters,
+    trainables: Trainables,
     photo_counts: Mapping[tuple[int, int], int],
 ) -> list[Path]:
-    """Write the adapters for diffusers and, with all metadata, for other programs.
+    """Write what was trained for diffusers and, with all metadata, for other programs.
 
-    The second file has the kohya form where the family has one, else the diffusers form again.
+    The second LoRA file has the kohya form where the family has one, else the diffusers form again.
 
     Args:
         folder: Where to.
         config: The run's, resolved.
-        family: Whose network was trained.
-        adapters: What was trained.
+        family: Whose model was trained.
+        trainables: What was trained.
         photo_counts: Number of photos that were trained at each (height, width), pixels.
 
     Returns:
-        The files' paths, diffusers' first.
+        The files' paths: diffusers' LoRA, the other LoRA, and the embedding of a learned word.
     """
-    diffusers_file, named_file = folder / DIFFUSERS_FILE, folder / f"{run_name(config)}.safetensors"
-    write_diffusers_file(diffusers_file, family, adapters, config.save_dtype)
+    diffusers_file, *others = write_diffusers_files(folder, config, family, trainables)
+    named_file = folder / f"{run_name(config)}{SUFFIX}"
     form: Form = "kohya" if has_kohya_form(family.name) else "diffusers"
+    adapters = trainables.lora
     # Other programs than diffusers take alpha for the rank in its form: there it is folded.
     alpha = adapters.alpha if form == "kohya" else float(adapters.rank)
     metadata = run_metadata(config, family, adapters.rank, alpha, run_name(config), photo_counts)
-    lora = lora_of_run(family, adapters, metadata)
+    lora = lora_of_run(family, trainables, metadata)
     lora = lora if form == "kohya" else lora.folded()
     write_lora(named_file, lora.cast(DTYPES[config.save_dtype]), form)
-    return [diffusers_file, named_file]
+    return [diffusers_file, named_file, *others]
 
 
-def write_diffusers_file(
-    path: Path, family: Family, adapters: LoraAdapters, save_dtype: str
-) -> None:
-    """Write the adapters in the diffusers form, alpha folded into the up side."""
-    lora = lora_of_run(family, adapters, {}).folded().cast(DTYPES[save_dtype])
-    write_lora(path, lora, "diffusers")
+def write_diffusers_files(
+    folder: Path, config: RunConfig, family: Family, trainables: Trainables
+) -> list[Path]:
+    """Write the adapters in the diffusers form, alpha folded into the up side, and a learned word.
+
+    Returns:
+        The files' paths: the LoRA, and the embedding where a word is trained.
+    """
+    file = folder / DIFFUSERS_FILE
+    lora = lora_of_run(family, trainables, word_entry(config))
+    write_lora(file, lora.folded().cast(DTYPES[config.save_dtype]), "diffusers")
+    if trainables.tokens is None:
+        return [file]
+    return [file, write_embedding(folder, config, family, trainables.tokens.rows)]
 
 
-def lora_of_run(family: Family, adapters: LoraAdapters, metadata: dict[str, str]) -> LoraFile:
-    """Return a run's adapters as a file in memory, on the host."""
+def files_of_run(config: RunConfig) -> list[str]:
+    """Return the names of the files that `write_lora_files` leaves."""
+    word = learned_word(config)
+    names = [DIFFUSERS_FILE, f"{run_name(config)}{SUFFIX}"]
+    return names if word is None else [*names, embedding_name(word)]
+
+
+def lora_of_run(family: Family, trainables: Trainables, metadata: dict[str, str]) -> LoraFile:
+    """Return a run's adapters as a file in memory, on the host: the network's, then the text's."""
     copies = {
-        (family.lora_component, pair.name): Adapter(
-            _to_host(pair.down), _to_host(pair.up), adapters.alpha
-        )
-        for pair in adapters.pairs
+        (family.lora_component, pair.name): _on_host(pair, trainables.lora.alpha)
+        for pair in trainables.lora.pairs
     }
+    if trainables.text_encoder_lora is not None:
+        alpha = trainables.text_encoder_lora.alpha
+        for pair in trainables.text_encoder_lora.pairs:
+            component, _, path = pair.name.partition(".")
+            copies[component, path] = _on_host(pair, alpha)
     return LoraFile(copies, metadata, "diffusers", Detection(family.name, "the run's model"))
 
 
@@ -99,27 +124,53 @@ def find_lora_file(path: Path) -> Path:
         file = path / DIFFUSERS_FILE
         if (path / CONFIG_FILE).is_file():
             config = build_config(file=path / CONFIG_FILE)
-            named = path / f"{run_name(config)}.safetensors" if config.output else file
+            named = path / f"{run_name(config)}{SUFFIX}" if config.output else file
             file = named if named.is_file() else file
     if not file.is_file():
         raise UserError(f"LoRA {path}: there is no file {file}; is the run finished?")
-    if file.suffix != ".safetensors":
-        raise UserError(f"LoRA {path}: must be a .safetensors file (others can run code when read)")
+    if file.suffix != SUFFIX:
+        raise UserError(f"LoRA {path}: must be a {SUFFIX} file (others can run code when read)")
     return file
 
 
-def read_lora_file(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Read a LoRA of any form for a family's network.
+Weights = dict[str, tuple[Tensor, Tensor, float]]
+"""By the name of a projection: down [r, I], up [O, r], scale; as `LoraAdapters.load` takes them."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """What a LoRA file adds to a family's weights, float32 at least.
+
+    Attributes:
+        file: The file, or peft's folder.
+        network: By module path.
+        text: By component and path of the text encoders; empty where the file adapts none.
+        word: The learned word that the file's prompts want; None where it names none.
+    """
+
+    file: Path
+    network: Weights
+    text: Weights
+    word: str | None
+
+    @property
+    def word_file(self) -> Path | None:
+        """Where the embedding of the word belongs: beside the file."""
+        place = self.file.absolute().parent
+        return None if self.word is None else place / embedding_name(self.word)
+
+
+def read_lora_file(path: Path, family: Family, *, text: bool = True) -> LoraWeights:
+    """Read a LoRA of any form for a family's network and text encoders.
 
     Args:
         path: The file, the folder of a run, or a folder of peft's.
-        family: Whose network it is for.
-
-    Returns:
-        For each projection's module path: down [r, I], up [O, r], scale; float32 at least.
+        family: Whose model it is for.
+        text: Whether there is a place for adapters of the text encoders; a file with some is
+            refused if not.
 
     Raises:
-        UserError: it cannot be read, is of another family, or adapts more than the network.
+        UserError: it cannot be read, is of another family, or adapts what has no place.
     """
     file = find_lora_file(path)
     lora = read_lora(file)
@@ -129,26 +180,49 @@ def read_lora_file(path: Path, family: Family) -> dict[str, tuple[Tensor, Tensor
             f"LoRA {file}: is of the family {told.family} ({told.evidence}), and the model "
             f"{family.model.path} is of the family {family.name}; use a model of its own family"
         )
-    weights = {}
+    network: Weights = {}
+    encoders: Weights = {}
+    unread: list[str] = []
     for (component, name), one in lora.adapters.items():
-        if component != family.lora_component:
-            raise UserError(
-                f"LoRA {file}: {component}.{name} is not LoRA of the {family.lora_component}, "
-                "the one part that fastppt adapts; a file without it is needed"
-            )
-        if name in family.unread_projections:
-            logger.warning(
-                "LoRA %s: the adapter of %s is left out: nothing reads that layer's output",
-                file,
-                name,
-            )
-            continue
         precise = torch.promote_types(one.down.dtype, torch.float32)
-        weights[name] = (one.down.to(precise), one.up.to(precise), one.scale)
-    if not weights:
-        raise UserError(f"LoRA {file}: adapts no layer that fastppt could adapt")
-    return weights
+        weights = (one.down.to(precise), one.up.to(precise), one.scale)
+        place = name if component == family.lora_component else f"{component}.{name}"
+        if place in family.unread_projections:
+            unread.append(place)
+        elif component in family.text.clips:
+            _check_text_layer(file, component, name, one.rank, text)
+            encoders[place] = weights
+        elif component != family.lora_component:
+            places = ", ".join((family.lora_component, *family.text.clips))
+            raise UserError(
+                f"LoRA {file}: {component}.{name} is no layer of {places}, the parts that fastppt "
+                "adapts; a file without it is needed"
+            )
+        else:
+            network[name] = weights
+    if unread:
+        note = "LoRA %s: adapters are left out, for nothing reads what these layers give: %s"
+        logger.warning(note, file, ", ".join(unread))
+    if not network:
+        raise UserError(f"LoRA {file}: adapts no layer of the network that fastppt could adapt")
+    return LoraWeights(file, network, encoders, lora.metadata.get(WORD_KEY))
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous().clone()
+def _check_text_layer(file: Path, component: str, name: str, rank: int, text: bool) -> None:
+    if not name.endswith(TEXT_PROJECTIONS):
+        raise UserError(
+            f"LoRA {file}: adapts {component}.{name}; of a text encoder fastppt adapts "
+            f"{', '.join(TEXT_PROJECTIONS)} alone, so a file without it is needed"
+        )
+    if not text:
+        raise UserError(
+            f"LoRA {file}: adapts the {component} too, which this run leaves as it is; "
+            f"pass --set stage.0.trainables.text_encoder_lora.rank={rank} to train both, "
+            "or give a file without it"
+        )
+
+
+def _on_host(pair: LoraPair, alpha: float) -> Adapter:
+    """Return a copy of an adapter on the host, contiguous."""
+    down, up = (side.detach().to("cpu").contiguous().clone() for side in (pair.down, pair.up))
+    return Adapter(down, up, alpha)

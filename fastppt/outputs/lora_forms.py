@@ -30,7 +30,7 @@ from fastppt.families.lora_keys import (
 )
 from fastppt.outputs.adapters import Adapter, Form, LoraFile
 from fastppt.outputs.files import rename, write_file
-from fastppt.outputs.lora_metadata import with_hashes
+from fastppt.outputs.lora_metadata import file_content
 from fastppt.outputs.lora_parsing import (
     PEFT_PREFIX,
     build_adapters,
@@ -89,7 +89,7 @@ def write_lora(path: Path, lora: LoraFile, form: Form) -> None:
         tensors = diffusers_tensors(lora.adapters)
         if any(one.alpha != one.rank for one in lora.adapters.values()):
             metadata[METADATA_KEY] = metadata_entry(lora.components)
-    write_file(path, save(tensors, metadata=with_hashes(tensors, metadata)))
+    write_file(path, file_content(tensors, metadata))
 
 
 def kohya_tensors(lora: LoraFile) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 # The part of a file that A1111's first LoRA extension hashed, in bytes.
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
+# Where a file names the learned word that its prompts want; no other program has a place for it.
+WORD_KEY = "fastppt.word"
 
 
 def run_metadata(
@@ -46,12 +48,25 @@ def run_metadata(
         name: Of the file.
         photo_counts: Number of photos that were trained at each (height, width), pixels.
     """
+    subject = subject_words(config.prompts)
     return (
         {"ss_output_name": name}
         | _training_facts(config, family, rank, alpha)
         | _data_facts(config, photo_counts)
-        | _model_spec(config, family, name)
+        | model_spec(config, family, name, kind="lora", trigger=subject)
+        | word_entry(config)
     )
+
+
+def learned_word(config: RunConfig) -> str | None:
+    """Return the word whose embeddings a run trains; None where it trains none."""
+    return config.prompts.token if config.stage[0].trainables.tokens is not None else None
+
+
+def word_entry(config: RunConfig) -> dict[str, str]:
+    """Return the entry that names the learned word; none where a run trains none."""
+    word = learned_word(config)
+    return {} if word is None else {WORD_KEY: word}
 
 
 def objectives_in_words(config: RunConfig) -> str:
@@ -78,6 +93,7 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
     assert stage.trainables.lora is not None
     steps = sum(stage.steps for stage in config.stage)
     rate = f"{stage.trainables.lora.learning_rate:g}"
+    text = stage.trainables.text_encoder_lora
     model = Path(str(config.model.path))
     facts = {
         "ss_network_dim": str(rank),
@@ -96,7 +112,7 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
         "ss_gradient_checkpointing": str(config.gradient_checkpointing),
         "ss_learning_rate": rate,
         "ss_unet_lr": rate,
-        "ss_text_encoder_lr": "None",
+        "ss_text_encoder_lr": "None" if text is None else f"{text.learning_rate:g}",
         "ss_lr_scheduler": stage.schedule,
         "ss_lr_warmup_steps": str(stage.warmup_steps),
         "ss_optimizer": "fastppt_kernels.AnchoredAdamW",
@@ -147,17 +163,26 @@ def _data_facts(config: RunConfig, photo_counts: Mapping[tuple[int, int], int]) 
     }
 
 
-def _model_spec(config: RunConfig, family: Family, name: str) -> dict[str, str]:
-    """Return the ModelSpec entries; the hash is `with_hashes`' to fill in."""
+def model_spec(
+    config: RunConfig, family: Family, name: str, *, kind: str, trigger: str
+) -> dict[str, str]:
+    """Return the ModelSpec entries of a file of a run; the hash is `with_hashes`' to fill in.
+
+    Args:
+        config: The run's, resolved.
+        family: Whose model was trained.
+        name: Of the file.
+        kind: What the file is to the model: `lora` or `textual-inversion`.
+        trigger: The words that show the subject.
+    """
     side = config.photos.resolution
-    subject = subject_words(config.prompts)
     spec = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{family.modelspec_architecture}/lora",
+        "architecture": f"{family.modelspec_architecture}/{kind}",
         "implementation": "diffusers",
         "title": name,
-        "description": f"{subject}, learned by fastppt ({config.method})",
-        "trigger_phrase": subject,
+        "description": f"{subject_words(config.prompts)}, learned by fastppt ({config.method})",
+        "trigger_phrase": trigger,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "resolution": f"{side}x{side}",
         "hash_sha256": "",
@@ -165,6 +190,21 @@ def _model_spec(config: RunConfig, family: Family, name: str) -> dict[str, str]:
     if family.prediction_type in PREDICTIONS:
         spec["prediction_type"] = PREDICTIONS[family.prediction_type]
     return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a .safetensors file with these tensors (contiguous), its hashes computed anew.
+
+    The same input gives the same bytes: safetensors itself writes the metadata in any order.
+    """
+    content: bytes = save(dict(tensors), metadata=with_hashes(tensors, metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Tensors begin at a multiple of eight bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastppt.errors import UserError
+from fastppt.families.checkpoints import MOST_TENSORS
 from fastppt.families.lora_keys import COMPONENTS, LayerName, canonical_path, parse_kohya_name
 from fastppt.outputs.adapters import Adapter
 
@@ -34,6 +37,15 @@ OTHER_METHODS = {
     "oft_": "OFT",
 }
 
+LONGEST_KEY = 1000
+"""Letters; the longest that any trainer writes has 120."""
+
+# What adapters are stored in.
+FLOATS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+
 Parts = dict[LayerName, dict[str, Tensor]]
 """Of each layer its `down`, its `up`, and its `alpha` if the file gives one."""
 
@@ -47,7 +59,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()
+            if len(keys) > MOST_TENSORS or any(len(key) > LONGEST_KEY for key in keys):
+                raise UserError(
+                    f"LoRA {path}: holds {len(keys)} tensors, or names of over {LONGEST_KEY} "
+                    f"letters; a LoRA has at most {MOST_TENSORS}, of shorter names"
+                )
+            tensors = {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise UserError(f"LoRA {path}: cannot be read ({error}); is the file whole?") from None
     if not tensors:
@@ -141,7 +159,7 @@ def build_adapters(
 
     Raises:
         UserError: a part is missing, or the shapes are not those of LoRA on a linear layer or a
-            1x1 convolution.
+            1x1 convolution, or an alpha is no number.
     """
     adapters = {}
     for layer, stored in parts.items():
@@ -151,8 +169,10 @@ def build_adapters(
             raise UserError(f"LoRA {path}: {name} has no {side} side; is the file whole?")
         down, up = stored["down"], stored["up"]
         _check_shapes(path, name, down, up)
-        alpha = float(stored["alpha"]) if "alpha" in stored else alpha_of(layer)
-        adapters[layer] = Adapter(down, up, float(down.shape[0]) if alpha is None else alpha)
+        alpha = stored["alpha"].item() if "alpha" in stored else alpha_of(layer)
+        if isinstance(alpha, complex) or (alpha is not None and not math.isfinite(alpha)):
+            raise UserError(f"LoRA {path}: {name} has the alpha {alpha}, which is no real number")
+        adapters[layer] = Adapter(down, up, float(down.shape[0] if alpha is None else alpha))
     return adapters
 
 
@@ -161,7 +181,9 @@ def _check_shapes(path: Path, name: str, down: Tensor, up: Tensor) -> None:
     fits = down.ndim == up.ndim and down.ndim in (2, 4) and down.shape[0] == up.shape[1]
     if not fits or up.shape[2:] != down.shape[2:]:
         raise UserError(f"LoRA {path}: {name} has sides of shapes {shapes}, which do not fit")
-    if not (down.is_floating_point() and up.is_floating_point()):
+    if not (down.numel() and up.numel()):
+        raise UserError(f"LoRA {path}: {name} has sides of shapes {shapes}, which hold nothing")
+    if down.dtype not in FLOATS or up.dtype not in FLOATS:
         raise UserError(f"LoRA {path}: {name} holds {down.dtype} and {up.dtype}, no real numbers")
 
 

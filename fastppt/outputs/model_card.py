@@ -9,32 +9,22 @@ from pathlib import Path
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
-from fastppt.families.lora_keys import has_kohya_form
+from fastppt.families.lora_keys import EMBEDDING_KEYS, LAYOUTS, has_kohya_form
 from fastppt.families.names import LARGE_TEXT_ENCODERS, MINI_MODELS, PIPELINES
+from fastppt.outputs.embeddings import SUFFIX, embedding_name
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
 from fastppt.outputs.lora_metadata import objectives_in_words
-from fastppt.trainables.lora import LoraAdapters
-
-# Where other programs look for a LoRA, by whether it has the kohya form: A1111 and Forge read no
-# other.
-PROGRAMS = {
-    True: (
-        "| ComfyUI | `models/loras/`, then the node *Load LoRA* |\n"
-        "| A1111, Forge | `models/Lora/`, then `<lora:{name}:1>` in the prompt |"
-    ),
-    False: "| ComfyUI | `models/loras/`, then the node *Load LoRA* |",
-}
+from fastppt.trainables.tokens import LearnedTokens
+from fastppt.trainables.trainables import Trainables
 
 
 def model_card(
-    config: RunConfig, family: Family, adapters: LoraAdapters, num_photos: int, seconds: float
+    config: RunConfig, family: Family, trainables: Trainables, num_photos: int, seconds: float
 ) -> str:
     """Return the Markdown text."""
     name, subject = run_name(config), subject_words(config.prompts)
     prompt = subject_prompt(config.prompts)
     path = str(config.model.path)
-    programs = PROGRAMS[has_kohya_form(family.name)].format(name=name)
-    prompt_options = [f"{key}={value}" for key, value in family.prompt_options.items()]
     steps = sum(stage.steps for stage in config.stage)
     return f"""\
 ---
@@ -46,8 +36,8 @@ instance_prompt: {json.dumps(prompt)}
 
 # {name}
 
-A LoRA for `{path}` that knows **{subject}**, learned by fastppt from {num_photos} photos.
-
+A LoRA for `{path}` that knows **`{subject}`**, learned by fastppt from {num_photos} photos.
+{_word_note(trainables.tokens)}
 ## Trigger words
 
 Write `{subject}` where the subject should be: `{prompt}`.
@@ -64,16 +54,14 @@ fastppt generate --lora . --prompt {shlex.quote(prompt)} --count 4
 With diffusers (needs `pip install peft`):
 
 ```python
-{_load_code(config.model, family)}
+{_with_import(_load_code(config.model, family), trainables.tokens)}
 pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
-image = pipe({", ".join([json.dumps(prompt), *prompt_options])}).images[0]
+{_word_code(family, trainables.tokens)}{_draw_code(prompt, family, trainables.tokens)}
 ```
 
-In other programs, put `{name}.safetensors` into
+In other programs, put the files into
 
-| program | folder |
-|---|---|
-{programs}
+{_programs(name, prompt, family, trainables.tokens)}
 
 ## How it was made
 
@@ -82,13 +70,108 @@ In other programs, put `{name}.safetensors` into
 | recipe | {config.method} |
 | objectives and their weights | {objectives_in_words(config)} |
 | steps | {steps} in {seconds:.0f} s |
-| rank, alpha | {adapters.rank}, {adapters.alpha:g} |
-| trained parameters | {adapters.num_parameters:,} |
+{_trained_rows(trainables)}
 | resolution | {config.photos.resolution} |
 | seed | {config.seed} |
 
 `config.toml` reproduces the run: `fastppt train config.toml --output ELSEWHERE`.
 """
+
+
+def _trained_rows(trainables: Trainables) -> str:
+    """Return what was trained as rows of a table: adapters, and the learned word."""
+    lora, text, tokens = trainables.lora, trainables.text_encoder_lora, trainables.tokens
+    rows = {"rank, alpha": f"{lora.rank}, {lora.alpha:g}"}
+    if text is not None:
+        rows["rank, alpha of the text encoders"] = f"{text.rank}, {text.alpha:g}"
+    if tokens is not None:
+        start = "" if tokens.init is None else f", from `{tokens.init}`"
+        plural = "s" * (len(tokens.words) > 1)
+        rows["learned word"] = f"`{tokens.word}`: {len(tokens.words)} vector{plural}{start}"
+    rows["trained parameters"] = f"{trainables.num_parameters:,}"
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _word_note(tokens: LearnedTokens | None) -> str:
+    """Return a line that names the other file that is needed; none without a learned word."""
+    if tokens is None:
+        return ""
+    file = embedding_name(tokens.word)
+    return f"It goes with `{file}`, the embedding of the learned word `{tokens.word}`: load both.\n"
+
+
+def _with_import(code: str, tokens: LearnedTokens | None) -> str:
+    """Return Python lines, imports first, with the import that `_word_code` needs among these."""
+    if tokens is None or len(tokens.rows) == 1:
+        return code
+    return code.replace("\n\n", "\nfrom safetensors.torch import load_file\n\n", 1)
+
+
+def _word_code(family: Family, tokens: LearnedTokens | None) -> str:
+    """Return the Python lines that teach diffusers' pipeline the learned word; none without one."""
+    if tokens is None:
+        return ""
+    file, word = json.dumps(embedding_name(tokens.word)), json.dumps(tokens.word)
+    if len(tokens.rows) == 1:
+        return f"pipe.load_textual_inversion({file}, token={word})\n"
+    code = f"word = load_file({file})\n"
+    encoders = [
+        (
+            f"word[{json.dumps(EMBEDDING_KEYS[name])}]",
+            name,
+            name.replace("text_encoder", "tokenizer"),
+        )
+        for name in tokens.rows
+    ]
+    if LAYOUTS[family.name].pipeline_loads_words:
+        for rows, encoder, tokenizer in encoders:
+            code += f"pipe.load_textual_inversion(\n    {rows}, token={word},\n"
+            code += f"    tokenizer=pipe.{tokenizer}, text_encoder=pipe.{encoder},\n)\n"
+        return code
+    # By hand, what load_textual_inversion does.
+    code += "for tokenizer, text_encoder, rows in (\n"
+    for rows, encoder, tokenizer in encoders:
+        code += f"    (pipe.{tokenizer}, pipe.{encoder}, {rows}),\n"
+    return (
+        f"{code}):\n    tokenizer.add_tokens({json.dumps(list(tokens.words))})\n"
+        "    text_encoder.resize_token_embeddings(len(tokenizer))\n"
+        "    text_encoder.get_input_embeddings().weight.data[-len(rows):] = rows\n"
+    )
+
+
+def _draw_code(prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
+    """Return the Python line that draws the prompt."""
+    arguments = [json.dumps(prompt)]
+    if tokens is not None and not LAYOUTS[family.name].pipeline_loads_words:
+        # The largest text encoder reads the prompt as it is written.
+        written_out = family.text.expand(prompt)
+        if written_out != prompt:
+            arguments = [json.dumps(written_out), f"prompt_3={json.dumps(prompt)}"]
+    arguments += [f"{key}={value}" for key, value in family.prompt_options.items()]
+    return f"image = pipe({', '.join(arguments)}).images[0]"
+
+
+def _programs(name: str, prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
+    """Return the table of other programs: where files go, and what a prompt then says."""
+    loras = {"ComfyUI": "`models/loras/`, then the node *Load LoRA*"}
+    # These read no LoRA but of the kohya form.
+    if has_kohya_form(family.name):
+        loras["A1111, Forge"] = "`models/Lora/`"
+    words = {"ComfyUI": "`models/embeddings/`", "A1111, Forge": "`embeddings/`"}
+    # They know a word by the name of its file.
+    word = "" if tokens is None else tokens.word
+    stem = "" if tokens is None else embedding_name(word).removesuffix(SUFFIX)
+    prompts = {
+        "ComfyUI": prompt.replace(word, f"embedding:{stem}") if word else prompt,
+        "A1111, Forge": f"{prompt.replace(word, stem) if word else prompt} <lora:{name}:1>",
+    }
+    files = [f"`{name}{SUFFIX}`", *([f"`{stem}{SUFFIX}`"] if word else [])]
+    rows = [
+        [program, lora, *([words[program]] if word else []), f"`{prompts[program]}`"]
+        for program, lora in loras.items()
+    ]
+    table = [["program", *files, "prompt"], ["---"] * (len(files) + 2), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def _load_code(model: ModelConfig, family: Family) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # Where diffusers keeps the tables of all components in a file's metadata.
 METADATA_KEY = "lora_adapter_metadata"
+PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
 # Settings that make another thing of an adapter than alpha / rank * up @ down.
 OTHER_SETTINGS = ("use_rslora", "use_dora", "lora_bias", "modules_to_save", "layer_replication")
 
@@ -37,6 +39,7 @@ class PeftTables:
 
     def __init__(self, path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
         self.tables = tables
+        self._patterns: dict[str, dict[str, tuple[int, float]]] = {}
         for component, table in tables.items():
             if table.get("peft_type", "LORA") != "LORA":
                 raise UserError(f"LoRA {path}: {component} is {table['peft_type']}, not LoRA")
@@ -46,8 +49,9 @@ class PeftTables:
                         f"LoRA {path}: {component} sets {key} in its configuration, which fastppt "
                         "does not read (plain LoRA only)"
                     )
-            if not isinstance(table.get("lora_alpha"), int | float):
+            if not _is_number(table.get("lora_alpha")):
                 raise UserError(f"LoRA {path}: {component} has no lora_alpha in its configuration")
+            self._patterns[component] = _plain_patterns(path, component, table)
 
     @classmethod
     def from_metadata(cls, path: Path, text: str | None) -> PeftTables:
@@ -64,12 +68,50 @@ class PeftTables:
         table = self.tables.get(component)
         if table is None:
             return None
-        for pattern, alpha in (table.get("alpha_pattern") or {}).items():
-            # As peft's get_pattern_key matches; a pattern may leave out what transformers 5 does.
-            for name in (path, path.removeprefix("text_model.")):
-                if re.match(rf"(.*\.)?({pattern})$", name):
-                    return float(alpha)
-        return float(table["lora_alpha"])
+        patterns = self._patterns[component]
+        # A pattern may leave out what transformers 5 does.
+        names = [path, path.removeprefix("text_model.")]
+        fitting = [patterns[end] for name in names for end in _ends(name) if end in patterns]
+        # The first that fits counts, as in peft's get_pattern_key.
+        return min(fitting)[1] if fitting else float(table["lora_alpha"])
+
+
+def _plain_patterns(
+    path: Path, component: str, table: Mapping[str, Any]
+) -> dict[str, tuple[int, float]]:
+    r"""Return the place and alpha of each pattern of a table, by its text without escapes.
+
+    To peft they are regular expressions; programs write names of layers, or their ends. No others
+    are read: a regular expression from a file could take for ever.
+    """
+    given = table.get("alpha_pattern") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"LoRA {path}: {component} has an alpha_pattern that is no JSON object")
+    found: dict[str, tuple[int, float]] = {}
+    for place, (pattern, alpha) in enumerate(given.items()):
+        plain = pattern.replace("\\.", ".").removesuffix("$")
+        if not PLAIN_PATTERN.fullmatch(plain):
+            raise UserError(
+                f"LoRA {path}: the alpha_pattern {pattern!r} of {component} is a regular "
+                "expression; fastppt reads names of layers alone"
+            )
+        if not _is_number(alpha):
+            raise UserError(f"LoRA {path}: the alpha of {pattern!r} of {component} is no number")
+        found.setdefault(plain, (place, float(alpha)))
+    return found
+
+
+def _ends(name: str) -> list[str]:
+    """Return the plain patterns that fit a name: ``a.b`` is fit by ``^a.b``, ``a.b`` and ``b``."""
+    parts = name.split(".")
+    return [f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))]
+
+
+def _is_number(value: object) -> bool:
+    """Say whether a value of JSON can be an alpha."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def peft_table(component: str, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -127,6 +169,8 @@ def read_json(path: Path, what: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f"LoRA {path}: {what} is not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"LoRA {path}: {what} is not JSON (too deeply nested)") from None
     if not isinstance(value, dict):
         raise UserError(f"LoRA {path}: {what} must be a JSON object")
     return value

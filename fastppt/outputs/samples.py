@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -26,8 +26,18 @@ def draw_samples(
     negative: PromptEmbeddings,
     samples: SamplesConfig,
     resolution: int,
+    before_each: Callable[[], None],
 ) -> list[Image.Image]:
-    """Draw one picture a prompt, all from the same seed."""
+    """Draw one picture a prompt, all from the same seed.
+
+    Args:
+        family: Draws them.
+        prompts: One a picture.
+        negative: What guidance leads away from.
+        samples: Sampler steps, seed, guidance scale.
+        resolution: Side in pixels.
+        before_each: Is called before each picture, and may raise.
+    """
     pictures = family.sample(
         prompts,
         negative,
@@ -36,16 +46,18 @@ def draw_samples(
         steps=samples.steps,
         guidance_scale=samples.guidance_scale,
     )
-    return list(pictures)
+    drawn = []
+    for _ in prompts.tokens:
+        before_each()
+        drawn.append(next(pictures))
+    return drawn
 
 
 def write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
     """Write the pictures side by side as a PNG."""
     side = max(MIN_CELL, images[0].width)
     font = ImageFont.load_default(size=FONT_SIZE)
-    text_height = LINES * (FONT_SIZE + 4)
-    width = MARGIN + len(images) * (side + MARGIN)
-    grid = Image.new("RGB", (width, side + text_height + 2 * MARGIN), "white")
+    grid = Image.new("RGB", grid_size(len(images), images[0].width), "white")
     pen = ImageDraw.Draw(grid)
     for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = MARGIN + column * (side + MARGIN)
@@ -55,6 +67,13 @@ def write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str
         lines = textwrap.wrap(caption, width=side // 7)[:LINES]
         pen.text((left, side + MARGIN + 4), "\n".join(lines), fill="black", font=font)
     write_file(path, png_bytes(grid))
+
+
+def grid_size(num_images: int, resolution: int) -> tuple[int, int]:
+    """Return (width, height) of a grid of pictures of that side, in pixels."""
+    side = max(MIN_CELL, resolution)
+    text_height = LINES * (FONT_SIZE + 4)
+    return MARGIN + num_images * (side + MARGIN), side + text_height + 2 * MARGIN
 
 
 def png_bytes(image: Image.Image) -> bytes:

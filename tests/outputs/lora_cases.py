@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,12 @@ from fastppt.families.lora_keys import LAYOUTS, Detection, canonical_path
 from fastppt.outputs.adapters import Adapter, LoraFile
 
 FAMILIES = ("sd", "sdxl", "sd3")
+# One in the fast tests, the others in the slow ones.
+ONE_FAST = (
+    pytest.param("sd", marks=pytest.mark.slow),
+    "sdxl",
+    pytest.param("sd3", marks=pytest.mark.slow),
+)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "out_proj", "SelfAttention.q", "proj_in")
 
 

@@ -22,6 +22,15 @@ def test_content_arrives_and_nothing_else_stays(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_what_holds_the_name_of_a_new_folder_is_synced_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    write_file(tmp_path / "new" / "folder" / "a.txt", "a")
+    assert synced == [tmp_path, tmp_path / "new", tmp_path / "new" / "folder"]
+
+
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

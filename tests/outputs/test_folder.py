@@ -9,6 +9,7 @@ import pytest
 
 from fastppt.config import RunConfig
 from fastppt.errors import UserError
+from fastppt.outputs.files import ERROR_LOG
 from fastppt.outputs.folder import check_output, open_folder
 
 MakeConfig = Callable[..., RunConfig]
@@ -50,6 +51,9 @@ def test_overwrite_deletes_the_old_run_and_nothing_else(
     new = make_config(output=str(tmp_path), name="new")
     with pytest.raises(UserError, match="holds another run"):
         check_output(new, overwrite=False)
+    others = make_config(output=str(tmp_path), name="other")
+    with pytest.raises(UserError, match=r"holds other\.safetensors, which is of no run"):
+        check_output(others, overwrite=True)
     open_folder(check_output(new, overwrite=True), new)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["config.toml", "other.safetensors"]
@@ -85,3 +89,16 @@ def test_output_at_or_under_a_file_is_refused(
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; choose another folder"):
         check_output(make_config(output=str(tmp_path / "file" / inside)), overwrite=True)
+
+
+def test_what_a_run_left_that_was_killed_at_its_start_goes_with_the_next(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """It had not written its configuration, so nothing else is overwritten."""
+    config = make_config()
+    left = [tmp_path / "out" / name for name in (".config.toml.7.tmp", ERROR_LOG)]
+    left[0].parent.mkdir()
+    for path in left:
+        path.write_text("half")
+    open_folder(check_output(config, overwrite=False), config)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.toml"]

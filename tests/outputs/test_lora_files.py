@@ -23,6 +23,7 @@ from fastppt.families.loading import load_family
 from fastppt.mini import build_mini
 from fastppt.mini.tokenizer import MODEL_MAX_LENGTH
 from fastppt.outputs.adapters import Adapter
+from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import (
     DIFFUSERS_FILE,
     find_lora_file,
@@ -33,6 +34,7 @@ from fastppt.outputs.lora_files import (
 from fastppt.outputs.lora_forms import read_lora, write_lora
 from fastppt.outputs.model_card import model_card
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from tests.outputs.lora_cases import FAMILIES, peft_changes
 
 PROMPT = "a photo of sks robot in the snow"
@@ -74,7 +76,9 @@ def write(make_config: Callable[..., RunConfig], tmp_path: Path) -> Write:
             photos__resolution=64, name="my robot", model__path=f"mini-{name}", **settings
         )
         adapters = trained(family, alpha=6.0)
-        files = write_lora_files(tmp_path / "lora", config, family, adapters, {(64, 64): 5})
+        files = write_lora_files(
+            tmp_path / "lora", config, family, Trainables(adapters), {(64, 64): 5}
+        )
         return files, adapters, family
 
     return write_run
@@ -231,7 +235,8 @@ def test_buckets_are_in_the_metadata(
 ) -> None:
     config = make_config(photos__resolution=64, photos__buckets=True, name="a")
     counts = {(64, 64): 2, (48, 80): 3}
-    _, file = write_lora_files(tmp_path / "lora", config, family, trained(family), counts)
+    trainables = Trainables(trained(family))
+    _, file = write_lora_files(tmp_path / "lora", config, family, trainables, counts)
     metadata = metadata_of(file)
     assert metadata["ss_enable_bucket"] == "True" and metadata["ss_num_train_images"] == "5"
     assert json.loads(metadata["ss_bucket_info"])["buckets"] == {
@@ -288,7 +293,7 @@ def written_component(name: str) -> str:
 @pytest.mark.parametrize("place", [0, 1])
 def test_both_forms_read_back_as_the_same_weights(write: Write, name: str, place: int) -> None:
     files, adapters, family = write(name)
-    weights = read_lora_file(files[place], family)
+    weights = read_lora_file(files[place], family).network
     assert weights.keys() == {pair.name for pair in adapters.pairs}
     for pair in adapters.pairs:
         down, up, scale = weights[pair.name]
@@ -312,15 +317,36 @@ def test_adapter_that_nothing_reads_is_left_out_with_a_note(
 ) -> None:
     family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
     (unread,) = family.unread_projections
-    lora = lora_of_run(family, trained(family), {})
+    lora = lora_of_run(family, Trainables(trained(family)), {})
     assert ("transformer", unread) not in lora.adapters
     adapters = dict(lora.adapters)
     one = next(iter(adapters.values()))
     adapters["transformer", unread] = Adapter(one.down.clone(), one.up.clone(), one.alpha)
     file = tmp_path / "a.safetensors"
     write_lora(file, type(lora)(adapters, {}, "diffusers", lora.detection), "diffusers")
-    assert read_lora_file(file, family).keys() == {name for _, name in lora.adapters}
+    assert read_lora_file(file, family).network.keys() == {name for _, name in lora.adapters}
     assert unread in caplog.text and "left out" in caplog.text
+
+
+def test_text_adapters_that_nothing_reads_are_left_out_with_one_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other trainers adapt the last layer of SDXL's first text encoder too."""
+    family = load_family(ModelConfig(path="mini-sdxl", device="cpu"))
+    config = LoraConfig(rank=2)
+    text = LoraAdapters(family.text.make_adaptable(), config, seed=0, device=family.device)
+    lora = lora_of_run(family, Trainables(trained(family), text), {})
+    file = tmp_path / "a.safetensors"
+    write_lora(file, lora, "kohya")
+    weights = read_lora_file(file, family)
+    names = {pair.name for pair in text.pairs}
+    assert len(family.unread_projections) == 4 and names > set(family.unread_projections)
+    assert weights.text.keys() == names - set(family.unread_projections)
+    (note,) = caplog.messages
+    assert all(name in note for name in family.unread_projections)
+    again = load_family(ModelConfig(path="mini-sdxl", device="cpu"))
+    trainables = install_lora(again, weights)
+    assert {pair.name for pair in trainables.text_encoder_lora.pairs} == weights.text.keys()
 
 
 def test_run_folder_stands_for_the_file_with_unfolded_alpha(
@@ -339,7 +365,7 @@ def test_run_folder_stands_for_the_file_with_unfolded_alpha(
 def test_model_card_loads_the_model_as_the_run_did(
     make_config: Callable[..., RunConfig], family: Family
 ) -> None:
-    adapters = trained(family)
+    adapters = Trainables(trained(family))
     card = model_card(make_config(photos__resolution=64), family, adapters, 5, 1.0)
     assert 'pipe = build_mini("mini-sdxl")' in card and "A1111" in card
     single = make_config(
@@ -377,8 +403,8 @@ def test_card_and_metadata_say_what_pulled_and_what_held(
     assert metadata["ss_training_comment"] == f"fastppt, ppt-lora: {wanted}"
     assert metadata["ss_gradient_checkpointing"] == "True"
     config = make_config(photos__resolution=64, **settings)
-    assert f"| {wanted} |" in model_card(config, family, adapters, 5, 1.0)
-    plain = model_card(make_config(photos__resolution=64), family, adapters, 5, 1.0)
+    assert f"| {wanted} |" in model_card(config, family, Trainables(adapters), 5, 1.0)
+    plain = model_card(make_config(photos__resolution=64), family, Trainables(adapters), 5, 1.0)
     assert "| denoising 1 (uniform), anchor 0.001 (effective) |" in plain
 
 
@@ -387,7 +413,7 @@ def test_model_card_of_a_family_without_kohya_form_names_comfyui_alone(
 ) -> None:
     family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
     config = make_config(photos__resolution=64, model__path="mini-sd3")
-    card = model_card(config, family, trained(family), 5, 1.0)
+    card = model_card(config, family, Trainables(trained(family)), 5, 1.0)
     assert "ComfyUI" in card and "A1111" not in card
 
 
@@ -401,7 +427,7 @@ def test_model_card_reads_prompts_as_the_run_did(
     family = load_family(ModelConfig(path="mini-sd3", device="cpu", **settings))
     keys = {f"model__{key}": value for key, value in settings.items()}
     config = make_config(photos__resolution=64, model__path="owner/model", **keys)
-    code = model_card(config, family, trained(family), 5, 1.0).split("```python\n")[1]
+    code = model_card(config, family, Trainables(trained(family)), 5, 1.0).split("```python\n")[1]
     assert f'pipe("a photo of sks robot", max_sequence_length={num_tokens}).images' in code
     assert ("text_encoder_3=None, tokenizer_3=None" in code) == bool(settings)
 
@@ -411,7 +437,7 @@ def test_model_card_finds_the_vae_of_a_whole_model(
 ) -> None:
     (tmp_path / "vae").mkdir()
     config = make_config(photos__resolution=64, model__path="owner/model", model__vae=str(tmp_path))
-    card = model_card(config, family, trained(family), 5, 1.0)
+    card = model_card(config, family, Trainables(trained(family)), 5, 1.0)
     assert f'AutoencoderKL.from_pretrained("{tmp_path}", subfolder="vae")' in card
 
 
@@ -422,18 +448,18 @@ def test_alpha_in_the_metadata_of_a_peft_file_counts(family: Family, tmp_path: P
     layers = {f"{pair.name}.lora_A.weight": pair.down, f"{pair.name}.lora_B.weight": pair.up}
     metadata = {"r": 4, "lora_alpha": 12, "target_modules": ["to_q"]}
     stock.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
-    ((name, (down, up, scale)),) = read_lora_file(tmp_path, family).items()
+    ((name, (down, up, scale)),) = read_lora_file(tmp_path, family).network.items()
     assert name == pair.name and scale == 3.0
     assert torch.equal(down, pair.down) and torch.equal(up, pair.up)
 
 
 def test_lora_of_something_else_is_refused(family: Family, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    key = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    key = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
     save_file(
         {f"{key}.lora_A.weight": torch.ones(2, 4), f"{key}.lora_B.weight": torch.ones(4, 2)}, path
     )
-    with pytest.raises(UserError, match="is not LoRA of the unet"):
+    with pytest.raises(UserError, match="is no layer of unet, text_encoder, text_encoder_2"):
         read_lora_file(path, family)
 
 

@@ -64,3 +64,40 @@ def test_curves_are_read_back_by_tensorboard(tmp_path: Path) -> None:
         (2, 1.0),
         (3, 1.5),
     ]
+
+
+DETAILED = {
+    **{"step": 3, "loss": 0.123456789, "skipped": 1, "photos": ["a.jpg"], "timesteps": [812]},
+    **{"attention_alignment/up_blocks.0.attn2": 0.123456789, "feature_std/mid_block": 1e-9},
+    **{"attention_alignment/mid.attn2": float("nan"), "gamma": 0.5},
+    **{"gamma/bin_0": 1 / 3, "gamma/bin_1": float("nan")},
+}
+
+
+def test_numbers_of_bins_and_layers_are_nested_and_short(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append([DETAILED])
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row == {
+        **{"step": 3, "loss": 0.123456789, "skipped": 1, "gamma": 0.5},
+        **{"photos": ["a.jpg"], "timesteps": [812], "gamma_bins": [0.333333, None]},
+        "layers": {
+            "attention_alignment": {"up_blocks.0.attn2": 0.123457, "mid.attn2": None},
+            "feature_std": {"mid_block": 1e-9},
+        },
+    }
+    assert file.rows() == [row]
+
+
+def test_curves_are_grouped_by_term(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = Curves(tmp_path)
+    curves.append([DETAILED])
+    curves.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == [
+        *("attention_alignment/up_blocks.0.attn2", "feature_std/mid_block"),
+        *("gamma", "gamma/bin_0", "loss", "skipped"),
+    ]
