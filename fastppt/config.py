@@ -7,12 +7,27 @@ line's flags are laid over them in that order; ``config_io`` does the laying.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+T = TypeVar("T", Path, str)
+
+
+def _check_path(path: T) -> T:
+    if "\0" in str(path):
+        raise ValueError("must not hold the character NUL, which no file name can")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is not text in UTF-8; rename it") from None
+    return path
+
 
 # Text in a TOML file; the one type that is converted.
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
+# A path, or a name at the hub.
+Place = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Engine = Literal["auto", "eager", "compile", "graph", "graph+compile"]
 CompileScope = Literal["blocks", "network"]
@@ -30,11 +45,19 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    @field_validator("*", check_fields=False)
+    @classmethod
+    def _check_size(cls, value: object) -> object:
+        # Nor could a TOML file take back a number of thousands of digits.
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("must be below 2^63")
+        return value
+
 
 class ModelConfig(Section):
     """The pretrained model."""
 
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: Place | None = None
     """Model to start from: a hub id, a diffusers folder, a single .safetensors checkpoint, or the
     name of an embedded mini model, which `fastppt doctor` lists (required)."""
     revision: str | None = None
@@ -45,7 +68,7 @@ class ModelConfig(Section):
     config_folder: FilePath | None = None
     """Diffusers folder whose configuration files and tokenizers belong to a single-file
     checkpoint; unset asks the hub for them."""
-    vae: Annotated[str, Field(min_length=1)] | None = None
+    vae: Place | None = None
     """Another VAE: hub id, diffusers folder or .safetensors file; unset takes the model's own."""
     large_text_encoder: bool = True
     """Use the model's largest text encoder where it can do without (a T5 beside two CLIPs)."""
@@ -67,8 +90,9 @@ class PhotosConfig(Section):
     folder: FilePath | None = None
     """Folder with the .jpg .jpeg .png .webp photos of the subject (required)."""
     captions: FilePath | None = None
-    """TOML file of captions, `"photo.jpg" = "{subject} on a chair"`; unset takes captions.toml of
-    the folder, and each photo's own .txt file."""
+    """Captions, each with {subject} where the subject is named: a TOML file of lines such as
+    `"photo.jpg" = "{subject} on a chair"`, or a folder with captions.toml or .txt files named like
+    the photos. What the photos' folder holds is then not read; unset reads that."""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which photos are scaled (short side) and centre-cropped; unset takes
     the model's own."""
@@ -167,11 +191,12 @@ class TokensConfig(Section):
     vectors: Annotated[int, Field(ge=1)] = 1
     """Embeddings that the word is made of."""
     init: Annotated[str, Field(min_length=1)] | None = None
-    """Words whose embeddings the new ones start from; unset takes the class noun."""
+    """Words whose embeddings the new ones start from, one by one where they are as many tokens as
+    vectors, else all from their mean; unset takes the class noun."""
     learning_rate: Annotated[float, Field(ge=0)] = 5e-4
     """Learning rate of the embeddings."""
     keep_norm: bool = False
-    """Scale each embedding back to the length it began with, after every step."""
+    """Scale each embedding back to the length of what `init` gives, after every step."""
 
 
 class TrainablesConfig(Section):
@@ -341,6 +366,9 @@ class RunConfig(Section):
     compile_scope: CompileScope = "blocks"
     """What torch.compile sees as one: blocks (each transformer block by itself), or network (all of
     it), whose gradients are then compared with eager ones before the first step."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time, so that a run repeats bit for bit on
+    a GPU too; slower there. On the CPU all of them do."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the network's blocks and compute the rest again in the backward
     pass: the same gradients from less memory, in longer steps."""
@@ -354,11 +382,15 @@ class RunConfig(Section):
     """Checkpoints that are kept, the newest ones; 0 keeps all."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 20
     """Steps in a row whose loss or gradient is not finite, after which the run stops. Such a step
-    changes no parameter."""
+    changes nothing. The run learns of it when it reads its metrics, up to twice `log_every` steps
+    later. Steps that fp16 skips while its loss scale is above 1 do not count."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the tensors in the LoRA files; fp32 keeps what was trained, bit for bit."""
     tensorboard: bool = False
     """Write TensorBoard curves to OUTPUT/tensorboard (needs the extra `tensorboard`)."""
+    plots: bool = False
+    """Draw the metrics as pictures into OUTPUT/plots at the end; `fastppt plot` draws them at any
+    time."""
     model: ModelConfig = ModelConfig()
     photos: PhotosConfig = PhotosConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -374,6 +406,11 @@ class RunConfig(Section):
     def augment(self) -> bool:
         """Say whether a step of any stage may draw augmented views."""
         return any(stage.objectives.augment for stage in self.stage)
+
+    @property
+    def move_text(self) -> bool:
+        """Say whether what a prompt is encoded to changes during training."""
+        return self.stage[0].trainables.move_text
 
     @model_validator(mode="after")
     def _check_scope(self) -> RunConfig:
@@ -397,13 +434,22 @@ class RunConfig(Section):
     def _check_stages(self) -> RunConfig:
         first = self.stage[0].trainables.lora
         for index, stage in enumerate(self.stage[1:], start=1):
-            for kind in ("text_encoder_lora", "tokens"):
-                if (getattr(stage.trainables, kind) is None) != (
-                    getattr(self.stage[0].trainables, kind) is None
-                ):
+            for kind, keys in (
+                ("text_encoder_lora", ("rank", "alpha")),
+                ("tokens", ("vectors", "init")),
+            ):
+                one = getattr(stage.trainables, kind)
+                at_first = getattr(self.stage[0].trainables, kind)
+                if (one is None) != (at_first is None):
                     raise ValueError(
                         f"stage.{index}.trainables.{kind}: must be there in all stages or in none"
                     )
+                for key in keys if one is not None else ():
+                    if getattr(one, key) != getattr(at_first, key):
+                        raise ValueError(
+                            f"stage.{index}.trainables.{kind}.{key} must be that of stage 0 "
+                            f"({getattr(at_first, key)}): a later stage goes on with the same ones"
+                        )
             lora = stage.trainables.lora
             if first is None or lora is None:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,15 @@ from pydantic_core import ErrorDetails
 
 from fastppt.config import Recipe, RunConfig
 from fastppt.errors import UserError
+from fastppt.text_files import read_toml
 
 Table = dict[str, Any]
 
-RECIPES = ("lora", "ppt-lora")
+# Letters: of a value in a message, and of a ``--set``.
+SHOWN = 80
+LONGEST_SETTING = 10_000
+
+RECIPES = ("lora", "ppt-lora", "apt-base", "apt-ata", "apt-ata-rs", "apt")
 DEFAULT_RECIPE = "ppt-lora"
 
 # Settings without which a run cannot start, and the flag that gives each.
@@ -35,6 +41,7 @@ PATTERNS_IN_WORDS = {
     "model.device": "must be auto, cpu, cuda or cuda:N",
     "name": "must begin with a letter or digit and hold only those, spaces and . _ -",
     "prompts.class_prompt": "must contain {class_noun}",
+    "prompts.subject": "must contain {token}",
     "prompts.template": "must contain {subject}",
 }
 
@@ -49,6 +56,7 @@ TYPES_IN_WORDS = {
     "string_too_short": "text that is not empty",
     "string_type": "text in quotes",
     "too_short": "a list that is not empty",
+    "string_unicode": "text in UTF-8",
 }
 
 
@@ -60,7 +68,7 @@ def load_recipe(name: str) -> tuple[Recipe, Table]:
     """
     if name not in RECIPES:
         raise UserError(
-            f"recipe {name!r} does not exist{_did_you_mean(name, RECIPES)} "
+            f"recipe {_shown(name)} does not exist{_did_you_mean(name, RECIPES)} "
             f"(there are: {', '.join(RECIPES)})"
         )
     text = files("fastppt").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
@@ -88,12 +96,12 @@ def build_config(
     Raises:
         UserError: unknown recipe, unreadable file, unknown key, or a value out of range.
     """
-    table = _read_toml(file) if file is not None else {}
+    table = read_toml(file) if file is not None else {}
     recipe = dict(settings).get("recipe", recipe)
     name = recipe if recipe is not None else table.get("recipe")
     if name is not None and not isinstance(name, str):
         origin = f"{file}: " if recipe is None else ""
-        raise UserError(f"{origin}recipe must be a name in quotes, got {name!r}")
+        raise UserError(f"{origin}recipe must be a name in quotes, got {_shown(name)}")
     if isinstance(table.get("stage"), dict):
         raise UserError(f"{file}: write [[stage]] with two brackets: a run is a list of stages")
     if name is None and "stage" not in table:
@@ -107,6 +115,8 @@ def build_config(
         _set_key(table, key, value)
     try:
         return RunConfig.model_validate(table)
+    except RecursionError:
+        raise UserError(f"{file or 'settings'}: a value is too deeply nested") from None
     except ValidationError as error:
         origin = str(file) if file is not None else f"recipe {name}"
         given = {key for key, _ in settings}
@@ -121,15 +131,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Split ``key=value`` of a ``--set``; the value is TOML, or a bare string where it is not.
 
     Raises:
-        UserError: there is no ``=`` in it.
+        UserError: there is no ``=`` in it, or it is too long.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text}: write it as key=value, such as --set stage.0.steps=200")
+    if len(text) > LONGEST_SETTING:
+        raise UserError(f"--set {text[:SHOWN]}...: is over {LONGEST_SETTING} letters long")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {value}")
+    # TOMLDecodeError, and what Python says of a number of too many digits.
+    except (ValueError, RecursionError):
         return key.strip(), value.strip()
+    # Text with a line break may read like more of a TOML file.
+    return key.strip(), table["value"] if len(table) == 1 else value.strip()
 
 
 def check_complete(config: RunConfig) -> None:
@@ -144,10 +159,6 @@ def check_complete(config: RunConfig) -> None:
             value = getattr(value, part)
         if value is None:
             raise UserError(f"{key} is not set: pass {flag}, or write it in the run's TOML file")
-        try:
-            str(value).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{key}: {str(value)!r} is not text in UTF-8; rename it") from None
 
 
 def check_recipe_fits(config: RunConfig, family: str) -> None:
@@ -215,17 +226,6 @@ def _render_key(name: str, value: Any) -> str:
     return tomli_w.dumps({name: plain}).rstrip("\n")
 
 
-def _read_toml(file: Path) -> Table:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: is not a TOML file ({error})") from None
-
-
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:
     merged = dict(below)
     for key, value in above.items():
@@ -265,7 +265,7 @@ def _explain(details: ErrorDetails) -> str:
     """Say one of pydantic's findings in a user's words: the key, what is wanted, what was given."""
     key = _key(details)
     context = details.get("ctx", {})
-    given = details["input"]
+    given = _shown(details["input"])
     match details["type"]:
         case "extra_forbidden":
             section = _section_at(details["loc"][:-1])
@@ -280,24 +280,35 @@ def _explain(details: ErrorDetails) -> str:
         case "less_than_equal":
             return f"{key} must be <= {context['le']:g}, got {given}"
         case "literal_error":
-            return f"{key} must be {context['expected']}, got {given!r}"
+            return f"{key} must be {context['expected']}, got {given}"
         case "model_type" | "dict_type":
-            return f"{key} must be a table, got {given!r}"
+            return f"{key} must be a table, got {given}"
         case "missing":
             return f"{key} is missing"
         case "value_error":
             return f"{key}: {context['error']}" if key else str(context["error"])
         case "string_pattern_mismatch":
-            return f"{key} {PATTERNS_IN_WORDS[key]}, got {given!r}"
+            return f"{key} {PATTERNS_IN_WORDS[key]}, got {given}"
         case kind if kind in TYPES_IN_WORDS:
-            return f"{key} must be {TYPES_IN_WORDS[kind]}, got {given!r}"
+            return f"{key} must be {TYPES_IN_WORDS[kind]}, got {given}"
         case _:
             message = details["msg"][0].lower() + details["msg"][1:]
-            return f"{key}: {message}, got {given!r}"
+            return f"{key}: {message}, got {given}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as Python writes it, cut where it is long or deep."""
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        # Python writes no number of thousands of digits in decimals.
+        return f"{'-' * (value < 0)}{hex(abs(value))[:SHOWN]}..."
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxother = SHOWN
+    return writer.repr(value)
 
 
 def _key(details: ErrorDetails) -> str:
-    return ".".join(str(part) for part in details["loc"])
+    # A key from a file may be as long as the file.
+    return ".".join(str(part)[:SHOWN] for part in details["loc"])
 
 
 def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
@@ -322,5 +333,5 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 
 def _did_you_mean(given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given[:SHOWN], known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -38,6 +39,7 @@ REQUIRED = {
     "transformers": "transformers",
     "accelerate": "accelerate",
     "safetensors": "safetensors",
+    "matplotlib": "matplotlib",
     "huggingface-hub": "huggingface_hub",
     "numpy": "numpy",
     "pillow": "PIL",
@@ -90,7 +92,7 @@ def examine(config: RunConfig) -> Report:
         found = model(config.model, device, dtype)
         report[f"Model {config.model.path}"] = found
         if not _has_problem(found):
-            report["Memory of the run, predicted"] = memory(config, device, dtype)
+            report["Memory and disk of the run, predicted"] = memory(config, device, dtype)
     report["Run"] = run_settings(config)
     return {title: findings for title, findings in report.items() if findings}
 
@@ -228,16 +230,19 @@ def model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list
 
 
 def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Finding]:
-    """Return what the run is predicted to take of its device's memory, and whether it fits.
+    """Return what the run is predicted to take of its device's memory and disk, and if it fits.
 
     Args:
         config: Its model has no problem.
         device: Where it would train.
         dtype: Of the network and the text encoders.
     """
-    from fastppt.families.loading import outline_family
+    from fastppt.families.loading import outline_family, resolve_resolution
+    from fastppt.outputs.disk import check_disk, plan_disk
+    from fastppt.outputs.folder import RunFolder
     from fastppt.training.engine import resolve_engine
     from fastppt.training.memory import ASSUMED_PHOTOS, plan_memory
+    from fastppt.training.metric_names import metric_names
 
     engine = resolve_engine(config.engine, device)
     try:
@@ -269,7 +274,14 @@ def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[
     text = f"{size_in_words(plan.peak)} at most, without what libraries take for themselves; "
     fits = plan.peak <= free
     text = f"{'it fits' if fits else 'it does not fit'}: {text}{size_in_words(free)} free {place}"
-    return [*found, Finding("ok" if fits else "problem", "run", text)]
+    found.append(Finding("ok" if fits else "problem", "run", text))
+    resolution = resolve_resolution(config.photos.resolution, family)
+    needed = plan_disk(config, plan.trainables, resolution, metric_names(config.stage))
+    config = config.model_copy(update={"output": config.output or Path.cwd() / "out"})
+    assert config.output is not None
+    folder = RunFolder(config.output)
+    text = f"the run writes up to {needed}"
+    return [*found, _finding("disk", text, lambda: check_disk(needed, folder, config))]
 
 
 def run_settings(config: RunConfig) -> list[Finding]:

@@ -95,12 +95,15 @@ def peak_host_memory() -> int:
 
 def disk(output: Path | None) -> Finding:
     """Return the free disk space where the output goes, or in the current folder."""
-    folder = Path.cwd() if output is None else output.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
+    folder = nearest_folder(output or Path.cwd())
     return Finding(
         "ok", "disk", f"{size_in_words(shutil.disk_usage(folder).free)} free at {folder}"
     )
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 
 def hub() -> Finding:

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
-    "config_io": {"config", "errors"},
+    "text_files": {"errors"},
+    "config_io": {"config", "errors", "text_files"},
     "mini": set(),
     "families": {"config", "errors", "mini"},
     "trainables": {"config", "errors", "families"},
-    "data": {"config", "errors", "families"},
+    "data": {"config", "errors", "families", "text_files"},
     "objectives": {"config", "errors", "families", "trainables"},
-    "outputs": {"config", "config_io", "data", "errors", "families", "trainables"},
+    "outputs": {"config", "config_io", "data", "errors", "families", "machine", "trainables"},
     "training": {
         *("config", "config_io", "data", "errors", "families", "objectives", "outputs"),
         "trainables",
@@ -32,7 +33,12 @@ MAY_IMPORT = {
     "doctor": {
         *("config", "config_io", "errors", "families", "machine", "outputs", "training", ""),
     },
-    "cli": {"config", "config_io", "doctor", "errors", "machine", "outputs", "training", ""},
+    "console": set(),
+    "faults": {"console", "errors", "outputs", ""},
+    "cli": {
+        *("config", "config_io", "console", "doctor", "errors", "faults", "machine", "outputs"),
+        *("training", ""),
+    },
     "__main__": {"cli"},
     "": set(),
 }

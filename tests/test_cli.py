@@ -41,7 +41,7 @@ def train_arguments(photos: Path, output: Path, *more: object) -> list[object]:
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     output = tmp_path_factory.mktemp("run") / "toy"
-    result = run(*train_arguments(photos, output))
+    result = run(*train_arguments(photos, output, "--checkpoint-every", 2))
     assert result.exit_code == 0, result.output
     return output
 
@@ -287,8 +287,52 @@ def test_output_that_holds_another_run_is_left_as_it_is(trained: Path, photos: P
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     result = run(*train_arguments(photos, trained))
     assert result.exit_code == 2
-    assert "holds another run; choose another folder, or pass --overwrite" in result.stderr
+    assert f"holds another run; go on with that run with --resume {trained}" in result.stderr
+    assert "pass --overwrite to delete it, or choose another folder" in result.stderr
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_resume_of_a_finished_run_says_so_and_ends_well(trained: Path) -> None:
+    result = run("train", "--resume", trained)
+    assert result.exit_code == 0
+    assert f"{trained}: the run is finished; there is nothing to go on with" in result.output
+
+
+def test_resume_goes_on_with_what_the_flags_change(trained: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    command = ["train", "--resume", copy / "checkpoints" / "step-000002", "--keep-checkpoints", 1]
+    result = run(*command, "--steps", 5, "--set", "name=longer")
+    assert result.exit_code == 0, result.output
+    for line in (
+        f"resume: going on after step 2 ({copy}/checkpoints/step-000002)",
+        "changed: name was unset and is longer",
+        "changed: keep_checkpoints was 0 and is 1",
+        "changed: stage.0.steps was 3 and is 5",
+    ):
+        assert line in result.output
+    assert "generate --lora" in result.output and (copy / "longer.safetensors").is_file()
+    assert len((copy / "metrics.jsonl").read_text().splitlines()) == 5
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step-000005"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--overwrite"], "--resume goes on with a run and --overwrite deletes it"),
+        (["--recipe", "lora"], "--recipe: a resumed run has its own configuration"),
+        (["run.toml"], "run.toml: a resumed run has its own configuration"),
+        (["--output", "elsewhere"], "--output: a resumed run goes on in its own folder"),
+        (["--seed", 1], "these keys cannot change in a run that has begun: seed was 0 and is 1"),
+    ],
+)
+def test_resume_with_what_does_not_go_with_it_is_refused(
+    trained: Path, tmp_path: Path, more: list[object], message: str
+) -> None:
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "README.md").unlink()
+    result = run("train", "--resume", copy, *more)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
 
 
 def test_flag_of_one_stage_is_refused_for_many(photos: Path, tmp_path: Path) -> None:

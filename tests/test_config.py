@@ -183,9 +183,8 @@ def test_one_stage_in_single_brackets_is_explained(tmp_path: Path) -> None:
 
 def test_path_that_is_no_text_is_refused() -> None:
     settings = [(key, "x") for key in ("model.path", "photos.folder", "prompts.class_noun")]
-    config = build_config("lora", settings=[*settings, ("output", "\udcff")])
     with pytest.raises(UserError, match=r"output: .* is not text in UTF-8"):
-        check_complete(config)
+        build_config("lora", settings=[*settings, ("output", "\udcff")])
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
@@ -249,7 +248,7 @@ def test_recipe_that_does_not_fit_names_its_families_and_the_recipes_that_do(
     with pytest.raises(UserError) as error:
         check_recipe_fits(config, "sd3")
     assert str(error.value).startswith("recipe ppt-lora: is for sd, sdxl; a/b is sd3")
-    assert "(for sd3 there are: lora)" in str(error.value)
+    assert "(for sd3 there are: lora, apt-base, apt-ata, apt-ata-rs, apt)" in str(error.value)
 
 
 def test_a_run_without_a_recipe_fits_every_family(tmp_path: Path) -> None:
@@ -257,3 +256,32 @@ def test_a_run_without_a_recipe_fits_every_family(tmp_path: Path) -> None:
     config = build_config(file=write(tmp_path / "run.toml", stages))
     assert config.recipe is None
     check_recipe_fits(config, "a family of tomorrow")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("seed=0x" + "f" * 9000, r"seed must be < .*, got 0xfff.*\.\.\.$"),
+        ("photos.resolution=0x" + "f" * 9000, r"photos.resolution: must be below 2\^63"),
+        ("seed=" + "9" * 5000, "seed must be a whole number, got '999"),
+        ("seed=1\nengine='auto'", "seed must be a whole number"),
+        ("model.path=a\0b", "NUL"),
+        (".".join(["model"] + ["path"] * 900) + "=1", "model.path must be text in quotes"),
+        ("x" * 20_000 + "=1", "is over 10000 letters long"),
+    ],
+)
+def test_absurd_values_are_refused_in_few_words(typed: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_config(settings=[parse_setting(typed)])
+    assert len(str(error.value)) < 300
+
+
+def test_a_path_with_a_line_break_comes_back_from_its_file(tmp_path: Path) -> None:
+    config = build_config("lora", settings=[("output", "a\nb\x1b\"'ü"), ("prompts.token", "\n")])
+    assert build_config(file=write(tmp_path / "run.toml", render_toml(config))) == config
+
+
+@pytest.mark.parametrize("content", ["a = " + "[" * 5000, "a." * 2000 + "a = 1", "#" * 2**23])
+def test_files_that_would_take_for_ever_are_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UserError, match=r"too deeply nested|dots|MiB long"):
+        build_config(file=write(tmp_path / "run.toml", content))

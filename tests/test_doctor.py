@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -42,7 +43,8 @@ def here() -> Report:
 
 
 def test_every_library_is_there_with_its_version(here: Report) -> None:
-    for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors"):
+    required = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "matplotlib")
+    for name in required:
         finding = find(here, name)
         assert finding.level == "ok" and metadata.version(name) in finding.text
     for name in ("triton", "peft", "tensorboard", "xformers", "flash-attn"):
@@ -76,7 +78,8 @@ def test_mini_model_is_found_and_fits(name: str) -> None:
     lines = [line.split() for line in result.output.splitlines()]
     assert ["ok", "family", MINI_MODELS[name]] in lines
     assert "the model fits: " in result.output
-    assert "Memory of the run, predicted" in result.output
+    assert "Memory and disk of the run, predicted" in result.output
+    assert re.search(r"ok +disk +the run writes up to .* MiB \(LoRA files", result.output)
     assert ["note", "photos", "not", "given:", "5", "are", "assumed"] in lines
 
 
@@ -113,6 +116,23 @@ def test_a_run_that_would_be_refused_is_a_problem() -> None:
     settings = [("model.path", "mini-sd"), ("stage.0.trainables.lora.targets", ["*.to_z"])]
     (finding,) = doctor.memory(build_config(settings=settings), CPU, torch.float32)
     assert finding.level == "problem" and "'*.to_z' matches no attention" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts.token": "sks"}, "'sks' is a word that the model knows already"),
+        ({"prompts.class_prompt": "one {class_noun}, seen"}, "cannot be lined up token by token"),
+        ({"prompts.template": "red " * 30 + "{subject}"}, "lies past that; write {subject} nearer"),
+    ],
+)
+def test_prompts_that_would_be_refused_are_a_problem(
+    settings: dict[str, object], message: str
+) -> None:
+    keys = {"model.path": "mini-sd", "prompts.class_noun": "dog"} | settings
+    config = build_config("apt", settings=list(keys.items()))
+    (finding,) = doctor.memory(config, CPU, torch.float32)
+    assert finding.level == "problem" and message in finding.text
 
 
 def test_memory_is_not_predicted_without_the_model_s_configuration(

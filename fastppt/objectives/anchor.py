@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from fastppt.config import AnchorConfig
+from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.lora import LoraAdapters
-from fastppt.trainables.trainables import LORA, Trainables
+from fastppt.trainables.trainables import LORA, TEXT_ENCODER_LORA, TOKENS, Trainables
 
 
 def anchored_groups(
@@ -22,12 +23,21 @@ def anchored_groups(
 ) -> list[dict[str, Any]]:
     """Return the `AnchoredAdamW` parameter groups that train all that moves, and hold it.
 
+    Embeddings of a new word are held as they are, and where they started: they have no effective
+    form, and nothing is there at zero (our choice).
+
     Args:
-        trainables: Each is a group of its own.
+        trainables: Each is a group of its own, in the order of `Trainables.arenas`.
         learning_rates: 0-dim tensors on the device, by the name of the trainable.
         anchor: Weight, form and place of the anchor; None for no anchor.
     """
-    return [anchored_group(trainables.lora, learning_rates[LORA], anchor)]
+    groups = [anchored_group(trainables.lora, learning_rates[LORA], anchor)]
+    if trainables.text_encoder_lora is not None:
+        rate = learning_rates[TEXT_ENCODER_LORA]
+        groups.append(anchored_group(trainables.text_encoder_lora, rate, anchor))
+    if trainables.tokens is not None:
+        groups.append(_anchored_rows(trainables.tokens.arena, learning_rates[TOKENS], anchor))
+    return groups
 
 
 def anchored_group(
@@ -40,12 +50,27 @@ def anchored_group(
         learning_rate: 0-dim tensor on the device; the loop writes it, the step reads it.
         anchor: Weight, form and place of the anchor; None for no anchor.
     """
-    group: dict[str, Any] = {"params": [adapters.arena.flat], "lr": learning_rate}
-    if adapters.arena.working_copy is not None:
-        group["working_copy"] = adapters.arena.working_copy
+    group = _group(adapters.arena, learning_rate)
     if anchor is None:
         return group | {"anchor_weight": 0.0}
     group |= {"anchor_weight": anchor.weight, "form": anchor.form, "anchor": anchor.to}
     if anchor.form == "effective":
         group["lora_pairs"] = [(pair.down, pair.up, pair.scale) for pair in adapters.pairs]
+    return group
+
+
+def _anchored_rows(
+    arena: ParameterArena, learning_rate: Tensor, anchor: AnchorConfig | None
+) -> dict[str, Any]:
+    group = _group(arena, learning_rate)
+    if anchor is None:
+        return group | {"anchor_weight": 0.0}
+    form = "raw" if anchor.form == "effective" else anchor.form
+    return group | {"anchor_weight": anchor.weight, "form": form, "anchor": "start"}
+
+
+def _group(arena: ParameterArena, learning_rate: Tensor) -> dict[str, Any]:
+    group: dict[str, Any] = {"params": [arena.flat], "lr": learning_rate}
+    if arena.working_copy is not None:
+        group["working_copy"] = arena.working_copy
     return group

@@ -88,8 +88,8 @@ class TunedMaps:
 
 def aligned_attentions(
     family: Family, config: AttentionAlignmentConfig, key: str
-) -> list[TextAttention]:
-    """Return the attentions whose maps are held.
+) -> dict[str, TextAttention]:
+    """Return the attentions whose maps are held, by their paths in the network.
 
     Args:
         family: After `Family.make_adaptable`.
@@ -101,14 +101,14 @@ def aligned_attentions(
     """
     attentions = family.text_attentions()
     names = match_layers(config.layers, attentions, family.aligned_blocks, f"{key}.layers")
-    return [attentions[name] for name in names]
+    return {name: attentions[name] for name in names}
 
 
 class AttentionAlignment:
     """Looks into the attentions of a network, from a base pass to the tuned pass after it.
 
     Args:
-        attentions: Those that `aligned_attentions` returns.
+        attentions: Those that `aligned_attentions` finds.
     """
 
     def __init__(self, attentions: Sequence[TextAttention]) -> None:
@@ -142,9 +142,9 @@ class AttentionAlignment:
             for tap in self._tuned:
                 tap.base.map_sum, tap.columns, tap.outbox = None, None, Outbox()
 
-    def loss(self) -> Tensor:
-        """Return L of the tuned forward pass, 0-dim, without its weight."""
-        return torch.stack([loss for (loss,) in collect(self._tuned)]).sum()
+    def losses(self) -> Tensor:
+        """Return each layer's part of L in the tuned forward pass, [layers], unweighted."""
+        return torch.stack([loss for (loss,) in collect(self._tuned)])
 
     def _leave(self) -> None:
         for attention in self._attentions:

@@ -72,12 +72,15 @@ class Indicator:
         """Return the bins [B] of the timesteps [B], int64 both."""
         return timesteps * len(self.base_ema) // self.num_timesteps
 
-    def gamma(self, timesteps: Tensor) -> Tensor:
-        """Return gamma of the timesteps' bins, [B], as far as it is known."""
+    def gamma_by_bin(self) -> Tensor:
+        """Return gamma of each bin, [bins]; NaN of a bin that was not seen."""
         ahead = self.base_ema.double() - self.tuned_ema.double()
         gamma = -torch.expm1(-self.temperature * ahead)
-        known = gamma.clamp(0, 1).nan_to_num(0.0).to(self.base_ema.dtype)
-        return known[self.bins(timesteps)]
+        return gamma.clamp(0, 1).to(self.base_ema.dtype)
+
+    def gamma(self, timesteps: Tensor) -> Tensor:
+        """Return gamma of the timesteps' bins, [B], as far as it is known."""
+        return self.gamma_by_bin().nan_to_num(0.0)[self.bins(timesteps)]
 
     def observe(
         self, prediction: Tensor, base_prediction: Tensor, target: Tensor, timesteps: Tensor

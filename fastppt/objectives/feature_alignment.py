@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastppt.config import FeatureAlignmentConfig
 from fastppt.families.base import Family
 from fastppt.objectives.layers import Outbox, collect, match_layers
-from fastppt_kernels import feature_alignment_loss, feature_statistics
+from fastppt_kernels import align_features, feature_statistics
 
 
 @dataclass
@@ -35,9 +35,10 @@ class BaseStatistics:
     mean: Tensor | None = None
     std: Tensor | None = None
 
-    def __call__(self, features: Tensor) -> None:
-        """Take note of the features."""
+    def __call__(self, features: Tensor) -> Tensor:
+        """Take note of the features; returns them."""
         self.mean, self.std = feature_statistics(features, channel_dim=self.channel_dim)
+        return features
 
 
 @dataclass
@@ -52,35 +53,45 @@ class TunedStatistics:
     base: BaseStatistics
     outbox: Outbox = field(default_factory=Outbox)
 
-    def __call__(self, features: Tensor) -> None:
-        """Compare the features."""
+    def __call__(self, features: Tensor) -> Tensor:
+        """Compare the features; returns them as the network is to read them.
+
+        Their gradient by the losses is then added in the pass that computes it.
+        """
         base = self.base
         assert base.mean is not None and base.std is not None
-        self.outbox.losses = feature_alignment_loss(
+        aligned, *losses = align_features(
             features, base.mean, base.std, channel_dim=base.channel_dim
         )
+        self.outbox.losses = tuple(losses)
+        return aligned
 
 
 @dataclass
 class FeatureHook:
-    """Hands a layer's features to whoever looks at them.
+    """Hands a layer's features to whoever looks at them, and has the network go on with theirs.
 
     Attributes:
         features_of: Finds the features in the layer's output.
+        with_features: Puts others in their place.
         tap: Who looks; None for nobody.
     """
 
     features_of: Callable[[Any], Tensor]
+    with_features: Callable[[Any, Tensor], Any]
     tap: BaseStatistics | TunedStatistics | None = None
 
-    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def __call__(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
         """Be a forward hook."""
-        if self.tap is not None:
-            self.tap(self.features_of(output))
+        if self.tap is None:
+            return output
+        return self.with_features(output, self.tap(self.features_of(output)))
 
 
-def aligned_layers(family: Family, config: FeatureAlignmentConfig, key: str) -> list[nn.Module]:
-    """Return the layers whose features are held.
+def aligned_layers(
+    family: Family, config: FeatureAlignmentConfig, key: str
+) -> dict[str, nn.Module]:
+    """Return the layers whose features are held, by their paths in the network.
 
     Args:
         family: The loaded model.
@@ -92,7 +103,7 @@ def aligned_layers(family: Family, config: FeatureAlignmentConfig, key: str) -> 
     """
     layers = family.feature_layers()
     names = match_layers(config.layers, layers, family.aligned_blocks, f"{key}.layers")
-    return [layers[name] for name in names]
+    return {name: layers[name] for name in names}
 
 
 class FeatureAlignment:
@@ -100,12 +111,12 @@ class FeatureAlignment:
 
     Args:
         family: Says what features are.
-        layers: Those that `aligned_layers` returns; they get a hook, which does nothing outside of
+        layers: Those that `aligned_layers` finds; they get a hook, which does nothing outside of
             the passes.
     """
 
     def __init__(self, family: Family, layers: Sequence[nn.Module]) -> None:
-        self._hooks = [FeatureHook(family.features_of) for _ in layers]
+        self._hooks = [FeatureHook(family.features_of, family.with_features) for _ in layers]
         self._bases = [BaseStatistics(family.feature_channel_dim) for _ in layers]
         self._tuned = [TunedStatistics(base) for base in self._bases]
         for layer, hook in zip(layers, self._hooks, strict=True):
@@ -134,9 +145,12 @@ class FeatureAlignment:
                 tap.base.mean, tap.base.std, tap.outbox = None, None, Outbox()
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Return L_mean and L_std of the tuned forward pass, 0-dim, without their weight."""
+        """Return each layer's part of L_mean and of L_std, [layers] both, unweighted.
+
+        They are those of the tuned forward pass.
+        """
         means, stds = zip(*collect(self._tuned), strict=True)
-        return torch.stack(means).sum(), torch.stack(stds).sum()
+        return torch.stack(means), torch.stack(stds)
 
     def _leave(self) -> None:
         for hook in self._hooks:

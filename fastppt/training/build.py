@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 
-from fastppt.config import RunConfig
+import torch
+from torch import Tensor
+
+from fastppt.config import LoraConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.outputs.lora_files import read_lora_file
+from fastppt.outputs.embeddings import read_embedding
+from fastppt.outputs.lora_files import LoraWeights, read_lora_file
+from fastppt.outputs.lora_metadata import learned_word
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import Trainables
-from fastppt.training.seeds import ADAPTER_STREAM, split_seed
+from fastppt.training.seeds import ADAPTER_STREAM, TEXT_ADAPTER_STREAM, split_seed
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainables(
@@ -24,20 +34,45 @@ def build_trainables(
         dtype: Of values and gradients; float32 unless arithmetic is being checked.
 
     Raises:
-        UserError: a target matches nothing, or a LoRA file does not fit.
+        UserError: a target matches nothing, a LoRA file does not fit, or the new word is none.
     """
-    return Trainables(lora=_build_lora(config, family, dtype))
-
-
-def _build_lora(config: RunConfig, family: Family, dtype: torch.dtype) -> LoraAdapters:
-    """Put new adapters into the network, or those of ``lora.init``.
-
-    Raises:
-        UserError: a target matches nothing, or the file does not fit.
-    """
-    lora = config.stage[0].trainables.lora
+    trainables = config.stage[0].trainables
+    lora = trainables.lora
     assert lora is not None
-    weights = read_lora_file(lora.init, family) if lora.init is not None else None
+    text = trainables.text_encoder_lora is not None
+    weights = read_lora_file(lora.init, family, text=text) if lora.init is not None else None
+    if weights is not None and weights.word not in (None, learned_word(config)):
+        logger.warning(
+            "LoRA %s: goes with the learned word %s, which this run does not train; "
+            "its embedding is left out",
+            weights.file,
+            weights.word,
+        )
+    return Trainables(
+        lora=_build_lora(config, lora, family, weights, dtype),
+        text_encoder_lora=_build_text_lora(config, family, weights, dtype),
+        tokens=_build_tokens(config, family, weights, dtype),
+    )
+
+
+def without_init(config: RunConfig) -> RunConfig:
+    """Return the configuration of adapters that start from no file: their values come later."""
+    first = config.stage[0]
+    assert first.trainables.lora is not None
+    lora = first.trainables.lora.model_copy(update={"init": None})
+    trainables = first.trainables.model_copy(update={"lora": lora})
+    stages = [first.model_copy(update={"trainables": trainables}), *config.stage[1:]]
+    return config.model_copy(update={"stage": stages})
+
+
+def _build_lora(
+    config: RunConfig,
+    lora: LoraConfig,
+    family: Family,
+    weights: LoraWeights | None,
+    dtype: torch.dtype,
+) -> LoraAdapters:
+    """Put new adapters into the network, or those of ``lora.init``."""
     if lora.targets == "up":
         lora = lora.model_copy(update={"targets": list(family.second_half)})
     seed = split_seed(config.seed, ADAPTER_STREAM)
@@ -45,8 +80,57 @@ def _build_lora(config: RunConfig, family: Family, dtype: torch.dtype) -> LoraAd
         family.make_adaptable(), lora, seed=seed, device=family.device, dtype=dtype
     )
     if weights is not None:
-        try:
-            adapters.load(weights)
-        except UserError as error:
-            raise UserError(f"LoRA {lora.init}: {error}") from None
+        _load(adapters, weights.network, weights.file)
     return adapters
+
+
+def _build_text_lora(
+    config: RunConfig, family: Family, weights: LoraWeights | None, dtype: torch.dtype
+) -> LoraAdapters | None:
+    """Put new adapters into the text encoders, or those of ``lora.init`` where it has some."""
+    settings = config.stage[0].trainables.text_encoder_lora
+    if settings is None:
+        return None
+    adapters = LoraAdapters(
+        family.text.make_adaptable(family.unread_projections),
+        LoraConfig(rank=settings.rank, alpha=settings.alpha),
+        seed=split_seed(config.seed, TEXT_ADAPTER_STREAM),
+        device=family.device,
+        dtype=dtype,
+        key="stage.0.trainables.text_encoder_lora",
+    )
+    if weights is not None and weights.text:
+        _load(adapters, weights.text, weights.file)
+    return adapters
+
+
+def _build_tokens(
+    config: RunConfig, family: Family, weights: LoraWeights | None, dtype: torch.dtype
+) -> LearnedTokens | None:
+    """Teach the text encoders the new word, as ``lora.init`` left it if it goes with that word."""
+    settings = config.stage[0].trainables.tokens
+    if settings is None:
+        return None
+    tokens = LearnedTokens(
+        family.text,
+        config.prompts.token,
+        vectors=settings.vectors,
+        init=settings.init or config.prompts.class_noun,
+        device=family.device,
+        dtype=dtype,
+    )
+    if weights is not None and weights.word_file is not None and weights.word == tokens.word:
+        try:
+            tokens.load(read_embedding(weights.word_file).rows)
+        except UserError as error:
+            raise UserError(f"LoRA {weights.file}, word {tokens.word}: {error}") from None
+    return tokens
+
+
+def _load(
+    adapters: LoraAdapters, weights: Mapping[str, tuple[Tensor, Tensor, float]], file: Path
+) -> None:
+    try:
+        adapters.load(weights)
+    except UserError as error:
+        raise UserError(f"LoRA {file}: {error}") from None

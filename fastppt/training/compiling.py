@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.snapshot import Snapshot, written_tensors
 from fastppt.training.step import Step, accumulate_gradients
 
@@ -84,10 +84,10 @@ def compile_network(family: Family) -> None:
     family.network.compile()
 
 
-def check_gradients(steps: Iterable[Step], adapters: LoraAdapters) -> None:
-    """Compare the adapters' gradients of a compiled pass with an eager one's, for each step.
+def check_gradients(steps: Iterable[Step], trainables: Trainables) -> None:
+    """Compare the gradients of a compiled pass with an eager one's, for each step.
 
-    For every tensor of an adapter: ||compiled - eager|| <= sqrt(eps) * ||eager||, eps that of the
+    For every tensor that is trained: ||compiled - eager|| <= sqrt(eps) * ||eager||, eps that of the
     network's dtype: half of its digits, our choice. A tensor whose gradient is below sqrt(eps) of
     the largest one counts as that large. That is asked of a pass without the base; where objectives
     compare with it, a pass that does is other code, and is checked too, to `COMPARED_TOLERANCE`.
@@ -99,15 +99,15 @@ def check_gradients(steps: Iterable[Step], adapters: LoraAdapters) -> None:
     """
     for step in steps:
         rounding = torch.finfo(step.family.dtype).eps ** 0.5
-        _check_pass(step, adapters, rounding, with_base=False)
+        _check_pass(step, trainables, rounding, with_base=False)
         if step.stage.objectives.need_base:
-            _check_pass(step, adapters, COMPARED_TOLERANCE, with_base=True)
+            _check_pass(step, trainables, COMPARED_TOLERANCE, with_base=True)
 
 
-def _check_pass(step: Step, adapters: LoraAdapters, tolerance: float, *, with_base: bool) -> None:
+def _check_pass(step: Step, trainables: Trainables, tolerance: float, *, with_base: bool) -> None:
     snapshot = Snapshot(written_tensors(step), [step.generator])
     try:
-        eager, compiled = _trial_gradients(step, adapters, with_base=with_base)
+        eager, compiled = _trial_gradients(step, trainables, with_base=with_base)
     finally:
         snapshot.restore()
     floor = torch.finfo(step.family.dtype).eps ** 0.5 * max(
@@ -123,39 +123,38 @@ def _check_pass(step: Step, adapters: LoraAdapters, tolerance: float, *, with_ba
         num_wrong = sum(not error <= tolerance for error in errors.values())
         raise UserError(
             f"compile_scope network: torch {torch.__version__} compiles wrong gradients on "
-            f"{step.family.device}: {num_wrong} of {len(errors)} adapter tensors differ from "
+            f"{step.family.device}: {num_wrong} of {len(errors)} trained tensors differ from "
             f"eager ones, most of all that of {worst} (by {errors[worst]:.1e} of its norm; "
             f"{tolerance:.1e} is rounding); pass --set compile_scope=blocks"
         )
 
 
 def _trial_gradients(
-    step: Step, adapters: LoraAdapters, *, with_base: bool
+    step: Step, trainables: Trainables, *, with_base: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the gradients of the adapters' tensors by name: eager ones, and compiled ones."""
-    for pair in adapters.pairs:
+    """Return the gradients of what is trained by name: eager ones, and compiled ones."""
+    for pair in trainables.pairs:
         pair.up.copy_(torch.where(pair.up == 0, TRIAL_UP, pair.up))
-    adapters.refresh()
+    for arena in trainables.arenas.values():
+        arena.refresh()
     if step.loss_scale is not None:
         step.loss_scale.scale.fill_(TRIAL_LOSS_SCALE)
     trial = Snapshot(written_tensors(step), [step.generator])
     with torch.compiler.set_stance("force_eager"):
         accumulate_gradients(step, with_base=with_base)
-    eager = _gradients(adapters)
+    eager = _gradients(trainables)
     trial.restore()
     accumulate_gradients(step, with_base=with_base)
-    return eager, _gradients(adapters)
+    return eager, _gradients(trainables)
 
 
-def _gradients(adapters: LoraAdapters) -> dict[str, Tensor]:
-    """Return copies of the gradients of each adapter's two tensors, by their place."""
-    gradient = adapters.arena.grad.clone()
+def _gradients(trainables: Trainables) -> dict[str, Tensor]:
+    """Return copies of the gradients of all that is trained, by its place in the model."""
+    copies = {name: arena.grad.clone() for name, arena in trainables.arenas.items()}
     return {
-        f"{pair.name}.{side}": gradient.as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
-        for pair in adapters.pairs
-        for side, tensor in (("lora_down", pair.down), ("lora_up", pair.up))
+        name: copies[trainable].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        for trainable, tensors in trainables.tensors.items()
+        for name, tensor in tensors.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import getitem
 from typing import Any, TypeGuard
@@ -37,13 +37,15 @@ class Constants:
     Args:
         readers: By name, what returns the value now. Of a tensor its shape, dtype, device and
             address are noted, never what it holds.
-        modules: Modules whose parameters and buffers are noted too, and looked at only each
-            `MODULES_EVERY` checks.
+        modules: By name, modules whose parameters and buffers are noted too, and looked at only
+            each `MODULES_EVERY` checks.
     """
 
-    def __init__(self, readers: Mapping[str, Reader], modules: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, readers: Mapping[str, Reader], modules: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self._noted = [(name, read, _note(read())) for name, read in readers.items()]
-        self._modules = modules
+        self._modules = modules or {}
         self._weights = list(self._all_weights())
         self._checks = 0
 
@@ -67,17 +69,19 @@ class Constants:
                 raise UserError(_describe_change(name, noted, now.get(name)))
 
     def _all_weights(self) -> Iterator[tuple[str, TensorFacts]]:
-        for module in self._modules:
-            kind = type(module).__name__
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                yield f"{kind}.{name}", _facts(tensor)
+        for name, module in self._modules.items():
+            for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+                yield f"{name}.{path}", _facts(tensor)
 
 
 def constants_of(step: Step) -> Constants:
     """Return what a capture of the step builds in: tensors' places, settings, the network."""
     readers = dict(_readers("", step)) | _optimizer_readers(step.optimizer)
-    readers["network.training"] = partial(getattr, step.family.network, "training")
-    return Constants(readers, [step.family.network])
+    network = step.family.network
+    clips = step.family.text.clips if step.prompts.live is not None else {}
+    for name, module in {"network": network, **clips}.items():
+        readers[f"{name}.training"] = partial(getattr, module, "training")
+    return Constants(readers, {type(network).__name__: network, **clips})
 
 
 def _readers(prefix: str, owner: object) -> Iterator[tuple[str, Reader]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 
 from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_sizes, encode_buckets, nearest_size
 from fastppt.data.photos import Photo, cover_scale
+from fastppt.data.prompt_checks import check_prompts
 from fastppt.data.prompts import (
+    LivePrompts,
     caption_notes,
     quiet_truncation,
     sample_prompts,
@@ -20,14 +23,34 @@ from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.training.progress import encoding_line
 from fastppt.training.seeds import VIEW_STREAM, split_seed
 
+MOST_NOTES = 6
+"""Notes of one kind that a run prints: as many as few photos can have, and of thousands enough."""
+
 
 @dataclass(frozen=True)
 class SampleSheet:
-    """The prompts of the sample grid, encoded while the text encoders were on the device."""
+    """The prompts of the sample grid.
+
+    Attributes:
+        captions: As written.
+        prompts: One row each, encoded before training.
+        negative: One row, likewise: what guidance pushes away from.
+        live: Both where text is trained, in that order, to be encoded for each grid; None where it
+            is not. What is negative may be the same whatever encodes, and is None then.
+    """
 
     captions: list[str]
     prompts: PromptEmbeddings
     negative: PromptEmbeddings
+    live: tuple[LivePrompts, LivePrompts | None] | None = None
+
+    @torch.no_grad()
+    def encode(self) -> tuple[PromptEmbeddings, PromptEmbeddings]:
+        """Return prompts and negative as the text encoders are now."""
+        if self.live is None:
+            return self.prompts, self.negative
+        prompts, negative = self.live
+        return prompts.encode(), self.negative if negative is None else negative.encode()
 
 
 def encode(
@@ -36,7 +59,7 @@ def encode(
     """Encode photos and prompts once, then take the encoders off the device.
 
     Photos get augmented views where a stage draws them. The VAE stays on the device where views are
-    drawn anew during training.
+    drawn anew during training, the CLIPs where text is trained.
 
     Args:
         config: Resolved.
@@ -48,7 +71,11 @@ def encode(
     Returns:
         The buckets that have photos (the square alone where buckets are off), and the prompts of
         the sample grid.
+
+    Raises:
+        UserError: prompts that `check_prompts` refuses.
     """
+    check_prompts(config, family, photos)
     resolution = config.photos.resolution
     assert resolution is not None
     sizes = [(resolution, resolution)] * len(photos)
@@ -65,22 +92,48 @@ def encode(
         views = [draw_views(config.photos, seed, number, 0) for number in range(len(photos))]
     num_views = config.photos.views if config.augment else 0
     notes = [
-        *_upscaling_notes(photos, sizes),
-        *caption_notes(config.prompts, photos),
-        *truncation_notes(family, config.prompts, photos),
+        *_first(_upscaling_notes(photos, sizes)),
+        *_first(caption_notes(config.prompts, photos)),
+        *_first(truncation_notes(family, config.prompts, photos)),
     ]
     with quiet_truncation():
         with encoding_line(console, len(photos), num_views) as advance:
-            buckets = encode_buckets(family, config.prompts, photos, sizes, views, advance)
-        captions = sample_prompts(config.prompts)
-        sheet = SampleSheet(captions, family.encode_prompts(captions), family.encode_negative())
-    family.release_encoders(keep_vae=config.photos.refresh_every > 0)
+            buckets = encode_buckets(
+                family,
+                config.prompts,
+                photos,
+                sizes,
+                views,
+                advance,
+                move_text=config.move_text,
+            )
+        sheet = make_sheet(config, family)
+    keep_vae = config.photos.refresh_every > 0
+    family.release_encoders(keep_vae=keep_vae, keep_text=config.move_text)
     if config.photos.buckets:
         plural = "s" * (len(buckets) > 1)
         notes.append(f"{len(buckets)} bucket{plural}: {', '.join(map(str, buckets))}")
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return buckets, sheet
+
+
+def make_sheet(config: RunConfig, family: Family) -> SampleSheet:
+    """Encode the prompts of the sample grid."""
+    captions = sample_prompts(config.prompts)
+    prompts, negative = family.encode_prompts(captions), family.encode_negative()
+    if not config.move_text:
+        return SampleSheet(captions, prompts, negative)
+    ids = family.negative_ids()
+    live_negative = None if ids is None else LivePrompts(ids, family)
+    live = LivePrompts(family.prompt_ids(captions), family)
+    return SampleSheet(captions, prompts, negative, (live, live_negative))
+
+
+def _first(notes: list[str]) -> list[str]:
+    """Return the first few of notes of one kind, and how many more there are."""
+    num_more = len(notes) - MOST_NOTES
+    return notes if num_more <= 0 else [*notes[:MOST_NOTES], f"{num_more} more are like these"]
 
 
 def _upscaling_notes(photos: list[Photo], sizes: list[tuple[int, int]]) -> list[str]:

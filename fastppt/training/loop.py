@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from fastppt.config import RunConfig, StageConfig
 from fastppt.config_io import check_complete, check_recipe_fits
-from fastppt.data.photos import find_photos
+from fastppt.data.photos import Photo, find_photos
+from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import (
     PRECISIONS,
@@ -17,15 +21,29 @@ from fastppt.families.loading import (
     resolve_path,
     resolve_resolution,
 )
+from fastppt.outputs.disk import check_disk, plan_disk
 from fastppt.outputs.files import write_file
 from fastppt.outputs.folder import RunFolder, check_output, open_folder
-from fastppt.outputs.lora_files import write_lora_files
+from fastppt.outputs.lock import lock_output
+from fastppt.outputs.lora_files import run_name, write_lora_files
 from fastppt.outputs.metrics import check_tensorboard
 from fastppt.outputs.model_card import model_card
 from fastppt.trainables.trainables import Trainables
-from fastppt.training.build import build_trainables
+from fastppt.training.build import build_trainables, without_init
+from fastppt.training.checkpoint import Checkpoint, find_checkpoints
+from fastppt.training.deterministic import deterministic
 from fastppt.training.encoding import encode
 from fastppt.training.engine import fallback_note, prepare_engine, resolve_engine
+from fastppt.training.identity import (
+    check_photos,
+    check_weights,
+    describe_machine,
+    fingerprint_weights,
+    identify,
+)
+from fastppt.training.interrupt import NOT_YET_RESUMED, NOTHING_TRAINED, Interruption, signal_name
+from fastppt.training.metric_names import metric_names
+from fastppt.training.resume import Resumption, find_run, plan_resume
 from fastppt.training.run import RunResult, TrainingRun
 from fastppt.training.stage import layers_to_align
 
@@ -41,37 +59,168 @@ def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> Ru
     Raises:
         UserError: anything that the user can mend. Wrong input is refused before the output is
             touched; a disk that fills up later is reported with the file that did not fit.
+        Interrupted: SIGINT, SIGTERM or SIGHUP has ended the run, after the step that was under way
+            and with a checkpoint. One that comes when all is trained is noted, and the run is
+            whole.
     """
     check_complete(config)
-    folder = check_output(config, overwrite)
-    assert config.photos.folder is not None
-    check_recipe_fits(config, detect_family(config.model))
-    if config.tensorboard:
-        check_tensorboard()
-    photos = find_photos(config.photos.folder)
-    result = RunResult(folder, config)
+    assert config.output is not None
+    with (
+        Interruption(quiet=console.quiet) as interruption,
+        lock_output(config.output, console),
+        deterministic(config.deterministic),
+    ):
+        folder = check_output(config, overwrite)
+        return _run(config, folder, console, interruption, None)
+
+
+def resume(path: Path, settings: Sequence[tuple[str, Any]], console: Console) -> RunResult | None:
+    """Go on with a run from its newest checkpoint, or from the one that is given.
+
+    The result is that of the run without the interruption, bit for bit: on the CPU, and on a GPU
+    where the run is `deterministic`.
+
+    Args:
+        path: Output folder of the run, or one of its checkpoints. It may have been moved.
+        settings: Dotted keys and their new values; only some keys may change.
+        console: For the progress line and notes.
+
+    Returns:
+        What the run wrote; None where it was finished already, and nothing is written.
+
+    Raises:
+        UserError: as `train`; a damaged checkpoint, a key that cannot change, other photos or
+            weights than those that were trained on. Nothing is deleted before the run goes on.
+        Interrupted: as `train`.
+    """
+    folder, chosen = find_run(path)
+    with Interruption(quiet=console.quiet) as interruption, lock_output(folder.root, console):
+        resumption = plan_resume(folder, chosen, settings)
+        if resumption is None:
+            text = f"{folder.root}: the run is finished; there is nothing to go on with"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return None
+        check_complete(resumption.config)
+        with deterministic(resumption.config.deterministic):
+            return _run(resumption.config, folder, console, interruption, resumption)
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    interruption: Interruption,
+    resumption: Resumption | None,
+) -> RunResult:
+    ended = NOTHING_TRAINED if resumption is None else NOT_YET_RESUMED
+    with interruption.at_once(ended):
+        run = _prepare(config, folder, console, interruption, resumption)
+    if resumption is None:
+        open_folder(folder, run.config)
+    else:
+        machine = describe_machine(run.family.device)
+        resumption.compare(machine, run.identity.encodings, console)
+        resumption.accept(run.config)
+    with _resumable(folder):
+        run.go()
+        run.result.files = _save(run)
+    if interruption.wanted is not None:
+        name = signal_name(interruption.wanted)
+        console.print(f"note: {name} came when all was trained; the run is whole", highlight=False)
+    return run.result
+
+
+@contextmanager
+def _resumable(folder: RunFolder) -> Iterator[None]:
+    """Say of what could not be written inside how the run goes on."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        saved = find_checkpoints(folder)
+        how = f"goes on from {folder.checkpoint(max(saved)).name}" if saved else "starts over"
+        raise UserError(
+            f"{error}. When it can be, the run {how} with --resume {folder.root}"
+        ) from error
+
+
+def _prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    interruption: Interruption,
+    resumption: Resumption | None,
+) -> TrainingRun:
+    """Load, encode and make the first steps; writes nothing."""
+    photos = _find_photos(config, console, resumption)
+    start = None if resumption is None else resumption.checkpoint
+    result = RunResult(folder, config, 0.0 if start is None else start.manifest.seconds)
     with result.phase("load"):
-        family = load_family(config.model)
-        note = fallback_note(config.engine, family.device)
-        result.config = config = resolve(config, family)
-        trainables = build_trainables(config, family)
-        for index, stage in enumerate(config.stage):
-            layers_to_align(family, stage.objectives, f"stage.{index}.objectives")
-        if config.gradient_checkpointing:
-            family.checkpoint_blocks()
-        prepare_engine(config.engine, config.compile_scope, family)
-    if note is not None:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        config, family, trainables, weights = _load(config, folder, console, start)
+    result.config = config
     headline = _headline(config, family, trainables, len(photos))
     console.print(headline, markup=False, soft_wrap=True)
     with result.phase("encode"):
         buckets, sheet = encode(config, family, photos, console)
+        identity = identify(photos, weights, buckets)
     result.note_peak("encode", family.device)
-    open_folder(folder, config)
-    TrainingRun(config, family, trainables, buckets, sheet, result, console).go()
-    photo_counts = {bucket.size: bucket.num_photos for bucket in buckets}
-    result.files = save(folder, config, family, trainables, result, photo_counts)
-    return result
+    run = TrainingRun(
+        config,
+        family,
+        trainables,
+        buckets,
+        sheet,
+        result,
+        console,
+        interruption,
+        identity,
+        start,
+    )
+    run.begin()
+    return run
+
+
+def _find_photos(config: RunConfig, console: Console, resumption: Resumption | None) -> list[Photo]:
+    """Check what can be checked before anything is loaded; returns the photos."""
+    assert config.photos.folder is not None
+    check_recipe_fits(config, detect_family(config.model))
+    if config.tensorboard:
+        check_tensorboard()
+    photos = find_photos(config.photos.folder, config.photos.captions)
+    if resumption is not None:
+        resumption.describe(console)
+        if resumption.checkpoint is not None:
+            check_photos(resumption.checkpoint.manifest.identity, photos)
+    return photos
+
+
+def _load(
+    config: RunConfig, folder: RunFolder, console: Console, start: Checkpoint | None
+) -> tuple[RunConfig, Family, Trainables, str]:
+    """Load the model and put in what is trained.
+
+    Returns:
+        The resolved configuration, both, and the fingerprint of the base's weights.
+    """
+    family = load_family(config.model)
+    note = fallback_note(config.engine, family.device)
+    if note is not None:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    config = resolve(config, family)
+    weights = fingerprint_weights(family, with_text=config.move_text)
+    if start is not None:
+        check_weights(start.manifest.identity, weights)
+    trainables = build_trainables(config if start is None else without_init(config), family)
+    for index, stage in enumerate(config.stage):
+        layers_to_align(family, stage.objectives, f"stage.{index}.objectives")
+    assert config.photos.resolution is not None
+    columns = metric_names(config.stage)
+    check_disk(plan_disk(config, trainables, config.photos.resolution, columns), folder, config)
+    if config.gradient_checkpointing:
+        family.checkpoint_blocks()
+    prepare_engine(config.engine, config.compile_scope, family)
+    return config, family, trainables, weights
 
 
 def resolve(config: RunConfig, family: Family) -> RunConfig:
@@ -91,7 +240,12 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
         "device": str(family.device),
         "precision": PRECISIONS.get(family.dtype, config.model.precision),
     }
-    photos = {"resolution": resolution, "folder": config.photos.folder.absolute()}
+    captions = config.photos.captions
+    photos = {
+        "resolution": resolution,
+        "folder": config.photos.folder.absolute(),
+        "captions": captions.absolute() if captions is not None else None,
+    }
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
@@ -113,24 +267,26 @@ def _resolve_stage(stage: StageConfig) -> StageConfig:
     )
 
 
-def save(
-    folder: RunFolder,
-    config: RunConfig,
-    family: Family,
-    trainables: Trainables,
-    result: RunResult,
-    photo_counts: dict[tuple[int, int], int],
-) -> list[Path]:
-    """Write the LoRA files and the model card; returns the files to use."""
-    num_photos = sum(photo_counts.values())
+def _save(run: TrainingRun) -> list[Path]:
+    """Write what people use of a run, and return the files.
+
+    The model card comes last, because it says that the run is finished.
+    """
+    config, family, result, folder = run.config, run.family, run.result, run.result.folder
+    photo_counts = {bucket.size: bucket.num_photos for bucket in run.buckets}
     with result.phase("save"):
-        files = write_lora_files(folder.root, config, family, trainables.lora, photo_counts)
-        # What compiles does so in the first step; a capture takes the place of that.
-        phases = ("check", "capture", "first step", "train")
-        seconds = sum(result.seconds.get(phase, 0.0) for phase in phases)
-        write_file(folder.card, model_card(config, family, trainables.lora, num_photos, seconds))
-    grids = [folder.grid(sum(stage.steps for stage in config.stage))]
-    return [*files, folder.card, *(grids if config.samples.enabled else [])]
+        files = write_lora_files(folder.root, config, family, run.trainables, photo_counts)
+    pictures = [folder.grid(run.total)] if config.samples.enabled else []
+    if config.plots:
+        from fastppt.outputs.plots import draw_plots
+
+        with result.phase("plots"):
+            pictures += draw_plots(folder.metrics, folder.plots, run_name(config))
+    num_photos, seconds = sum(photo_counts.values()), result.training_seconds
+    with result.phase("save"):
+        card = model_card(config, family, run.trainables, num_photos, seconds)
+        write_file(folder.card, card)
+    return [*files, folder.card, *pictures]
 
 
 def _headline(config: RunConfig, family: Family, trainables: Trainables, num_photos: int) -> str:
@@ -139,5 +295,5 @@ def _headline(config: RunConfig, family: Family, trainables: Trainables, num_pho
     return (
         f"{config.method}: {num_photos} photos, {steps} steps on {config.model.path} "
         f"({family.name}, {family.device}, {str(family.dtype).removeprefix('torch.')}, "
-        f"{config.engine}); rank {adapters.rank}, {adapters.num_parameters:,} parameters"
+        f"{config.engine}); rank {adapters.rank}, {trainables.num_parameters:,} parameters"
     )

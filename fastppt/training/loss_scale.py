@@ -20,7 +20,9 @@ class LossScale:
     Activation gradients below 6e-8 are zero in float16. With the loss multiplied by s, all of them
     are s times as large; the gradients of the float32 masters are divided by s before anything
     else looks at them. If one of them is not finite, the step is skipped and s halves; after
-    `GROWTH_INTERVAL` steps without one, s doubles.
+    `GROWTH_INTERVAL` steps without one, s doubles. A step whose loss itself is not finite says
+    nothing of s, and leaves it (our choice: such steps, of one bad photo say, would bring it down
+    to zero).
 
     Source: Mixed Precision Training (Micikevicius et al., arXiv 1710.03740), section 3.2; numbers
     and primitives are those of ``torch.amp.GradScaler``, which cannot be used itself: its ``step``
@@ -39,15 +41,18 @@ class LossScale:
         self.scale = torch.full((), START, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def unscale_(self, gradients: Sequence[Tensor]) -> Tensor:
+    def unscale_(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
         """Divide the gradients by the scale, in place, and bring the scale up to date.
 
         Args:
             gradients: float32, of the loss times `scale`.
+            loss: 0-dim, not scaled.
 
         Returns:
-            0-dim float32: 1 where a gradient is not finite and the step is to be skipped, else 0.
+            0-dim bool, whether the scale has backed off as it is meant to: a gradient is not
+            finite, but the loss is, and the scale was above 1, so that it may be the reason.
         """
+        scale, good_steps, finite = self.scale.clone(), self.good_steps.clone(), loss.isfinite()
         non_finite = torch.zeros_like(self.scale)
         torch._amp_foreach_non_finite_check_and_unscale_(
             list(gradients), non_finite, self.scale.reciprocal()
@@ -60,4 +65,6 @@ class LossScale:
             BACKOFF_FACTOR,
             GROWTH_INTERVAL,
         )
-        return non_finite
+        self.scale.copy_(torch.where(finite, self.scale, scale))
+        self.good_steps.copy_(torch.where(finite, self.good_steps, good_steps))
+        return finite & (non_finite != 0) & (scale > 1)

@@ -20,15 +20,19 @@ from fastppt.config import RunConfig, StageConfig
 from fastppt.data.buckets import Bucket
 from fastppt.data.latents import LatentBank
 from fastppt.data.photos import CroppedPhoto, Photo, find_photos
-from fastppt.data.prompts import encode_prompt_bank, quiet_truncation, sample_prompts
+from fastppt.data.prompt_checks import check_prompts
+from fastppt.data.prompts import encode_prompt_bank, quiet_truncation
+from fastppt.families.backends import OutlinedAttention
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.loading import resolve_resolution
-from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables
+from fastppt.training.encoding import make_sheet
 from fastppt.training.live_bytes import LiveBytes
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, accumulate_gradients, metric_names
+from fastppt.training.step import Step, accumulate_gradients
 
 ASSUMED_PHOTOS = 5
 """How many a run without a folder is taken to have: the methods are made for 4 to 6."""
@@ -47,12 +51,14 @@ class MemoryPlan:
         kept: What the tuned pass keeps for its backward pass.
         remembered: What the base pass leaves for the tuned pass: its prediction, maps, statistics.
         peaks: The most at a time, in each phase: `encode`, `train`, `samples`.
+        trainables: What the run trains, without memory.
     """
 
     lasting: dict[str, int]
     kept: int
     remembered: int
     peaks: dict[str, int]
+    trainables: Trainables
 
     @property
     def peak(self) -> int:
@@ -69,7 +75,8 @@ def plan_memory(config: RunConfig, family: Family) -> MemoryPlan:
         family: Its model from `outline_family`, not used before. It gets adapters.
 
     Raises:
-        UserError: what would stop the run: a resolution, a target, a layer that does not exist.
+        UserError: what would stop the run: a resolution, a target, a layer that does not exist,
+            prompts that `check_prompts` refuses.
     """
     assert family.device.type == "meta"
     rehearsal = _Rehearsal(_with_kept_anchors(config), family)
@@ -83,7 +90,7 @@ def plan_memory(config: RunConfig, family: Family) -> MemoryPlan:
             # What a captured step works in stays its own.
             held = train_peak
         peaks["samples"] = held + rehearsal.sample()
-    return MemoryPlan(lasting, kept, remembered, peaks)
+    return MemoryPlan(lasting, kept, remembered, peaks, rehearsal.trainables)
 
 
 def _with_kept_anchors(config: RunConfig) -> RunConfig:
@@ -112,12 +119,13 @@ class _Rehearsal:
         self.trainables = build_trainables(config, family)
         if config.gradient_checkpointing:
             family.checkpoint_blocks()
-        self.held = self.weights["network"] + sum(_arena_bytes(self.trainables.lora).values())
+        self.held = self.weights["network"] + sum(_arena_bytes(self.trainables).values())
 
     def encode(self) -> int:
         """Encode prompts and a photo; returns the most bytes at a time."""
         config, family, side = self.config, self.family, self.resolution
         photos = _photos(config, side)
+        check_prompts(config, family, photos)
         pixels = torch.empty(3, side, side, device=family.device)
         crops = [CroppedPhoto(pixels, (0, 0))] * len(photos)
         views = config.photos.views if config.augment else 0
@@ -126,24 +134,31 @@ class _Rehearsal:
             mean, _ = family.encode_photos(pixels[None])
             self.encoding_work = self.counter.peak - before
             posteriors = mean.new_empty(len(photos), 1 + views, 2, *mean.shape[1:])
-            prompts = encode_prompt_bank(family, config.prompts, photos, crops)
+            prompts = encode_prompt_bank(
+                family, config.prompts, photos, crops, move_text=config.move_text
+            )
             self.bucket = Bucket(
                 size=(side, side),
                 photos=dict(enumerate(photos)),
                 latents=LatentBank(posteriors),
                 prompts=prompts,
             )
-            captions = sample_prompts(config.prompts)
-            self.sheet = [family.encode_prompts(captions), family.encode_negative()]
+            self.sheet = make_sheet(config, family)
             del mean
         others = sum(self.weights.values()) - self.weights["network"]
+        family.release_encoders(keep_vae=True, keep_text=config.move_text)
         return self.held + others + self.counter.peak
 
     def train(self, stage: StageConfig) -> tuple[dict[str, int], int, int, int]:
         """Rehearse a step; returns what lasts, is kept, is remembered, and the most at a time."""
         config, family, counter = self.config, self.family, self.counter
         marks: list[int] = []
-        hook = family.network.register_forward_pre_hook(lambda *_: marks.append(counter.live))
+
+        def mark(*_: object) -> None:
+            marks.append(counter.live)
+
+        network = family.network
+        hooks = network.register_forward_pre_hook(mark), network.register_forward_hook(mark)
         with counter:
             ring = MetricRing(
                 metric_names(config.stage),
@@ -154,11 +169,13 @@ class _Rehearsal:
                 config, stage, family, self.trainables, [self.bucket], ring, torch.Generator()
             )
             before = counter.peak = counter.live
-            with counter.kept_for_backward():
+            with counter.kept_for_backward(), OutlinedAttention():
                 accumulate_gradients(step)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         lasting = self._lasting(step, before)
-        remembered = marks[-1] - marks[0]
+        # The base pass is the first.
+        remembered = marks[1] - marks[0] if stage.objectives.need_base else 0
         return lasting, counter.kept, remembered, sum(lasting.values()) + counter.peak - before
 
     def sample(self) -> int:
@@ -182,9 +199,11 @@ class _Rehearsal:
             "moments": sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states),
             "anchors": sum(s["anchor"].nbytes for s in states if "anchor" in s),
             "latents": self.bucket.latents.num_bytes,
-            "prompts": _prompt_bytes([self.bucket.prompts.embeddings, *self.sheet]),
+            "prompts": self._all_prompt_bytes(),
         }
-        lasting = {"network": self.weights["network"], **_arena_bytes(self.trainables.lora), **seen}
+        lasting = {"network": self.weights["network"], **_arena_bytes(self.trainables), **seen}
+        if self.config.move_text:
+            lasting["text encoders"] = self.family.weight_bytes()["text encoders"]
         lasting["tables and metrics"] = counted - sum(seen.values())
         if self.config.photos.refresh_every:
             latents = self.bucket.latents
@@ -192,12 +211,23 @@ class _Rehearsal:
             lasting["VAE at work"] = self.weights["VAE"] + self.encoding_work + staging
         return lasting
 
+    def _all_prompt_bytes(self) -> int:
+        """Return the bytes of the prompts, encoded ones and those to be encoded."""
+        bank, sheet = self.bucket.prompts, self.sheet
+        live = [each for each in (bank.live, *(sheet.live or ())) if each is not None]
+        ids: int = sum(tensor.nbytes for each in live for tensor in each.ids.tensors)
+        return ids + _prompt_bytes([bank.embeddings, sheet.prompts, sheet.negative])
 
-def _arena_bytes(adapters: LoraAdapters) -> dict[str, int]:
-    """Return the bytes of the adapters' arena: what they are, and what a narrower network reads."""
-    arena = adapters.arena
-    copy = 0 if arena.working_copy is None else arena.working_copy.nbytes
-    return {"adapters": arena.flat.nbytes, "gradients": arena.grad.nbytes, "working copy": copy}
+
+def _arena_bytes(trainables: Trainables) -> dict[str, int]:
+    """Return the bytes of the arenas: what is trained, and what a narrower network reads."""
+    arenas = trainables.arenas.values()
+    copies = [arena.working_copy for arena in arenas if arena.working_copy is not None]
+    return {
+        "adapters": sum(arena.flat.nbytes for arena in arenas),
+        "gradients": sum(arena.grad.nbytes for arena in arenas),
+        "working copy": sum(copy.nbytes for copy in copies),
+    }
 
 
 def _prompt_bytes(embeddings: Sequence[PromptEmbeddings]) -> int:
@@ -208,5 +238,5 @@ def _prompt_bytes(embeddings: Sequence[PromptEmbeddings]) -> int:
 def _photos(config: RunConfig, side: int) -> list[Photo]:
     """Return the run's photos; where no folder is given, as many as a run has."""
     if config.photos.folder is not None:
-        return find_photos(config.photos.folder)
+        return find_photos(config.photos.folder, config.photos.captions)
     return [Photo(Path(f"{n}.jpg"), None, None, (side, side)) for n in range(ASSUMED_PHOTOS)]

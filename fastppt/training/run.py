@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,22 +16,42 @@ from fastppt.config import RunConfig, StageConfig
 from fastppt.data.buckets import Bucket, bucket_of_draw
 from fastppt.data.prompts import subject_prompt
 from fastppt.data.refresh import ViewRefresh
+from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.outputs.folder import RunFolder
+from fastppt.outputs.lora_files import write_diffusers_files
 from fastppt.outputs.metrics import Curves, MetricsFile
 from fastppt.outputs.samples import draw_samples, write_grid
 from fastppt.trainables.trainables import Trainables
-from fastppt.training.checkpoint import save_checkpoint
+from fastppt.training.checkpoint import (
+    Checkpoint,
+    FileEntry,
+    Identity,
+    Manifest,
+    find_checkpoints,
+    prune_checkpoints,
+    write_checkpoint,
+)
 from fastppt.training.compiling import check_gradients
 from fastppt.training.encoding import SampleSheet
 from fastppt.training.engine import compiles
+from fastppt.training.guard import NonFiniteGuard
+from fastppt.training.identity import describe_machine
+from fastppt.training.interrupt import (
+    NO_STEP,
+    NOTHING_TRAINED,
+    Interrupted,
+    Interruption,
+    signal_name,
+)
+from fastppt.training.metric_names import metric_names
 from fastppt.training.progress import ProgressLine
 from fastppt.training.ring import MetricRing
 from fastppt.training.runners import make_runner
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.seeds import BUCKET_STREAM, STEP_STREAM, VIEW_STREAM, split_seed
 from fastppt.training.stage import build_steps, learning_rates
-from fastppt.training.step import metric_names
+from fastppt.training.state import place_anchors, restore_state, run_state
 
 
 @dataclass
@@ -44,10 +65,15 @@ class RunResult:
         peak_memory: Bytes at most allocated on a GPU at a time, by phase: `encode` (with what was
             loaded for it), `train`, `samples`. Empty on the CPU, which does not count.
         config: The resolved configuration.
+        earlier_seconds: Time that training took before the run was resumed.
+        num_bad_steps: Steps of the whole run that were left out: their loss or gradient was not
+            finite.
     """
 
     folder: RunFolder
     config: RunConfig
+    earlier_seconds: float = 0.0
+    num_bad_steps: int = 0
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
@@ -56,6 +82,13 @@ class RunResult:
     def trigger_prompt(self) -> str:
         """A prompt that shows the subject."""
         return subject_prompt(self.config.prompts)
+
+    @property
+    def training_seconds(self) -> float:
+        """Time that training took, with what came before the run was resumed."""
+        # What compiles does so in the first step; a capture takes the place of that.
+        phases = ("check", "capture", "first step", "train")
+        return self.earlier_seconds + sum(self.seconds.get(phase, 0.0) for phase in phases)
 
     def note_peak(self, phase: str, device: torch.device) -> None:
         """Note the most memory that a GPU has had allocated since this was called last."""
@@ -72,6 +105,16 @@ class RunResult:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def steps_with_views(config: RunConfig, num_steps: int) -> int:
+    """Return how many of the first steps of a run may draw augmented views."""
+    count = 0
+    for stage in config.stage:
+        here = min(stage.steps, num_steps)
+        count += here if stage.objectives.augment else 0
+        num_steps -= here
+    return count
 
 
 def new_generator(config: RunConfig, family: Family) -> torch.Generator:
@@ -92,55 +135,80 @@ class TrainingRun:
     sheet: SampleSheet
     result: RunResult
     console: Console
+    interruption: Interruption
+    identity: Identity
+    start: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.result.folder
         self.total = sum(stage.steps for stage in config.stage)
-        self.metrics = MetricsFile(folder.metrics)
-        self.curves = Curves(folder.tensorboard) if config.tensorboard else None
+        self.first = 0 if self.start is None else self.start.manifest.step
+        self.done = self.read = self.first
+        self.metrics = MetricsFile(folder.metrics, self.first)
+        self.curves: Curves | None = None
         names = metric_names(config.stage)
         self.ring = MetricRing(names, min(config.log_every, self.total), self.family.device)
         self.generator = new_generator(config, self.family)
         self.line = ProgressLine(self.console, self.total)
+        photos = [numbered for bucket in self.buckets for numbered in bucket.photos.items()]
+        photo_names = {number: photo.path.name for number, photo in photos}
+        self.guard = NonFiniteGuard(config.max_bad_steps, photo_names)
+        self.guard.take_up(self.metrics.rows())
         self.refresh = self.make_refresh()
-        self.done, self.read = 0, 0
 
     def make_refresh(self) -> ViewRefresh | None:
         """Return what draws augmented views anew during training; None where nothing does."""
         config = self.config
         if config.photos.refresh_every == 0:
             return None
-        num_steps = sum(stage.steps for stage in config.stage if stage.objectives.augment)
+        num_steps = steps_with_views(config, self.total)
         seed = split_seed(config.seed, VIEW_STREAM)
         with self.result.phase("encode"):
-            return ViewRefresh(self.family, config.photos, seed, self.buckets, num_steps)
+            refresh = ViewRefresh(self.family, config.photos, seed, self.buckets, num_steps)
+            refresh.start_at(steps_with_views(config, self.first))
+            return refresh
+
+    def begin(self) -> None:
+        """Make the first steps, with the state that they go on from. Writes nothing to disk."""
+        self.build_steps(0 if self.start is None else self.start.manifest.stage)
 
     def go(self) -> None:
         """Train all stages, with pictures before, between and after."""
-        self.draw_grid()
+        folder = self.result.folder
+        if self.config.tensorboard:
+            self.curves = Curves(folder.tensorboard, self.first)
+        if len(self.metrics) < self.first:
+            text = f"note: {folder.metrics} lacks rows of the first {self.first} steps"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        due = self.done == 0 or self._due(self.config.sample_every)
+        if due and not folder.grid(self.done).exists():
+            self.draw_grid()
         with self.line:
-            for index, stage in enumerate(self.config.stage):
-                self.run_stage(index, stage)
+            for index in range(self.stage, len(self.config.stage)):
+                if index != self.stage:
+                    self.build_steps(index)
+                self.run_stage(index, self.config.stage[index])
         self.metrics.write()
+        self.result.num_bad_steps = self.guard.num_bad
         if self.curves is not None:
             self.curves.close()
 
     def run_stage(self, index: int, stage: StageConfig) -> None:
-        """Train one stage from where the last one ended."""
-        config, base_rates = self.config, learning_rates(stage)
-        steps = build_steps(
-            config, stage, self.family, self.trainables, self.buckets, self.ring, self.generator
-        )
+        """Train one stage, whose steps are there, from where it stands."""
+        if self.number == stage.steps:
+            return
+        config, base_rates, steps = self.config, learning_rates(stage), self.steps
         runner = make_runner(config.engine, steps)
         if compiles(config.engine) and config.compile_scope == "network":
             with self.result.phase("check"):
-                check_gradients(steps, self.trainables.lora)
-        for number in range(stage.steps):
+                check_gradients(steps, self.trainables)
+        for number in range(self.number, stage.steps):
+            self.stop_if_asked()
             bucket = self.pick_bucket()
             if not runner.is_ready(bucket, number):
                 with self.result.phase("capture"):
                     runner.prepare(bucket, number)
-            with self.result.phase("train" if self.done else "first step"):
+            with self.result.phase("train" if self.done > self.first else "first step"):
                 if self.refresh is not None and stage.objectives.augment:
                     self.refresh.before_step()
                 factor = learning_rate_factor(stage, number)
@@ -148,17 +216,94 @@ class TrainingRun:
                     rate.fill_(base_rates[name] * factor)
                 runner.run(bucket, number)
                 self.done += 1
+                self.number += 1
                 self.look(index, last=number == stage.steps - 1)
-                if self.done == 1 or self._due(config.sample_every, config.checkpoint_every):
+                if self.done == self.first + 1 or self._due(config.sample_every):
                     self.finish_steps()
+            if self.guard.wants_stop:
+                raise UserError(self.guard.stop_message(self.save_checkpoint()))
             if self._due(config.sample_every):
                 self.draw_grid()
-            if self._due(config.checkpoint_every):
-                with self.result.phase("save"):
-                    folder = self.result.folder.checkpoint(self.done)
-                    save_checkpoint(
-                        folder, self.family, self.trainables.lora, self.config.save_dtype
-                    )
+            if config.checkpoint_every > 0 and self._due(config.checkpoint_every):
+                self.save_checkpoint()
+
+    def build_steps(self, index: int) -> None:
+        """Make the steps of a stage, one a bucket, with the state that they begin with."""
+        config, saved = self.config, None
+        self.stage, self.number = index, 0
+        if self.start is not None and self.start.manifest.stage == index:
+            self.number, saved = self.start.manifest.number, self.start.tensors()
+            place_anchors(saved, self.trainables)
+        self.steps = build_steps(
+            config,
+            config.stage[index],
+            self.family,
+            self.trainables,
+            self.buckets,
+            self.ring,
+            self.generator,
+        )
+        if saved is not None:
+            restore_state(self.steps[0], self.trainables, saved, self.done)
+
+    def stop_if_asked(self) -> None:
+        """End the run between two steps, or two pictures, where a signal has asked for it.
+
+        Raises:
+            Interrupted: what was trained is in a checkpoint.
+        """
+        signum = self.interruption.wanted
+        if signum is None:
+            return
+        if self.done > self.first:
+            saved = self.save_checkpoint()
+            ended = f"ended after step {self.done} of {self.total}, saved in {saved}"
+        else:
+            ended = NOTHING_TRAINED if self.done == 0 else NO_STEP
+        message = f"{signal_name(signum)}: {ended}"
+        raise Interrupted(signum, message, self.result.folder.root)
+
+    def save_checkpoint(self) -> Path:
+        """Save all that the run goes on from, between two steps; returns the checkpoint's folder.
+
+        Metrics are brought up to date first. Nothing is written where the checkpoint of this very
+        step is there already.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        folder = self.result.folder.checkpoint(self.done)
+        if folder in find_checkpoints(self.result.folder).values():
+            return folder
+        self.finish_steps()
+        self.read_all(self.stage)
+        self.metrics.write()
+        if self.curves is not None:
+            self.curves.flush()
+        with self.result.phase("save"):
+            write_checkpoint(
+                folder,
+                run_state(self.steps[0]),
+                lambda aside: write_diffusers_files(
+                    aside, self.config, self.family, self.trainables
+                ),
+                self.describe_checkpoint,
+            )
+            prune_checkpoints(self.result.folder, self.config.keep_checkpoints)
+        return folder
+
+    def describe_checkpoint(self, files: dict[str, FileEntry]) -> Manifest:
+        """Return the manifest of a checkpoint of this moment."""
+        return Manifest(
+            step=self.done,
+            stage=self.stage,
+            number=self.number,
+            seconds=self.result.training_seconds,
+            config=self.config.model_dump(mode="json"),
+            identity=self.identity,
+            machine=describe_machine(self.family.device),
+            files=files,
+        )
 
     def pick_bucket(self) -> int:
         """Return the bucket of the next step: of seed and step number alone, so on the host."""
@@ -176,25 +321,42 @@ class TrainingRun:
 
     def look(self, stage_index: int, last: bool) -> None:
         """Read the ring when it is full or the stage ends; the copy is awaited one look later."""
-        if self.done % self.config.log_every == 0 or last:
+        if last:
+            self.read_all(stage_index)
+        elif self.done % self.config.log_every == 0:
             self.report(stage_index)
             self.ring.start_read(self.read, self.done)
             self.read = self.done
-        if last or self.ring.is_ready():
+        if self.ring.is_ready():
+            self.report(stage_index)
+
+    def read_all(self, stage_index: int) -> None:
+        """Read what is in the ring, and wait for it."""
+        self.report(stage_index)
+        if self.read < self.done:
+            self.ring.start_read(self.read, self.done)
+            self.read = self.done
             self.report(stage_index)
 
     def report(self, stage_index: int) -> None:
         """Show and store what has been read."""
-        rows = [{"stage": stage_index, **row} for row in self.ring.finish_read()]
+        rows = [
+            {"stage": stage_index, **self.guard.describe(row, self.ring.samples_of)}
+            for row in self.ring.finish_read()
+        ]
         if not rows:
             return
+        note = self.guard.note(self.guard.count(rows))
+        if note is not None:
+            self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         self.metrics.append(rows)
         if self.curves is not None:
             self.curves.append(rows)
-        loss = sum(row["loss"] for row in rows) / len(rows)
+        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+        loss = sum(losses) / len(losses) if losses else math.nan
         seconds = self.result.seconds.get("train", 0.0)
         # The first step is apart, and the one that is being looked at is not over.
-        rate = (self.done - 2) / seconds if seconds else None
+        rate = (self.done - self.first - 2) / seconds if seconds else None
         self.line.update(int(rows[-1]["step"]), loss, rows[-1]["anchor"], rate)
 
     def draw_grid(self) -> None:
@@ -207,18 +369,19 @@ class TrainingRun:
         assert self.config.photos.resolution is not None
         with self.result.phase("samples"):
             sheet, samples = self.sheet, self.config.samples
+            prompts, negative = sheet.encode()
             # A few pictures do not repay the compilation of the blocks for inference.
             with torch.compiler.set_stance("force_eager"):
                 images = draw_samples(
                     self.family,
-                    sheet.prompts,
-                    sheet.negative,
+                    prompts,
+                    negative,
                     samples,
                     self.config.photos.resolution,
+                    self.stop_if_asked,
                 )
             write_grid(self.result.folder.grid(self.done), images, sheet.captions)
 
-    def _due(self, *every: int) -> bool:
-        """Say whether one of several things is due: each so many steps, and all at the end."""
-        ends = self.done == self.total
-        return ends or any(number > 0 and self.done % number == 0 for number in every)
+    def _due(self, every: int) -> bool:
+        """Say whether something is due that comes each so many steps, and at the end."""
+        return self.done == self.total or (every > 0 and self.done % every == 0)

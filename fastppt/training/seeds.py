@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ADAPTER_STREAM, STEP_STREAM, BUCKET_STREAM, VIEW_STREAM = range(4)
+ADAPTER_STREAM, STEP_STREAM, BUCKET_STREAM, VIEW_STREAM, TEXT_ADAPTER_STREAM = range(5)
 
 
 def split_seed(seed: int, stream: int) -> int:

@@ -33,20 +33,35 @@ class Snapshot:
 
 
 def written_tensors(step: Step) -> list[Tensor]:
-    """Return every tensor that a step writes and that outlives it.
+    """Return every tensor that a step writes and that outlives it: those of `named_tensors`."""
+    return list(named_tensors(step).values())
+
+
+def named_tensors(step: Step) -> dict[str, Tensor]:
+    """Return every tensor that a step writes and that outlives it, by name.
 
     Those are parameters with their working copies, gradients and the optimizer's state, the metric
-    ring, the indicator, the loss scale, the losses so far. The learning rate is the loop's to
-    write.
+    ring, the indicator, the loss scale, the losses and samples so far. The learning rate is the
+    loop's to write. A name begins with that of the trainable, or of the part of the step, that it
+    belongs to.
     """
-    written = [step.losses, step.ring.rows, step.ring.count]
+    named = {"losses": step.losses, "samples": step.samples}
+    if step.layer_losses is not None:
+        named["layer_losses"] = step.layer_losses
+    ring = step.ring
+    named |= {"ring/rows": ring.rows, "ring/samples": ring.samples, "ring/count": ring.count}
     if step.indicator is not None:
-        written += [step.indicator.base_ema, step.indicator.tuned_ema]
+        named["indicator/base_ema"] = step.indicator.base_ema
+        named["indicator/tuned_ema"] = step.indicator.tuned_ema
     if step.loss_scale is not None:
-        written += [step.loss_scale.scale, step.loss_scale.good_steps]
-    for group in step.optimizer.param_groups:
-        for param in group["params"]:
-            state = step.optimizer.state[param]
-            written += [param, param.grad, state["step"], state["exp_avg"], state["exp_avg_sq"]]
-        written += [copy for copy in group.get("working_copy", ()) if copy is not None]
-    return written
+        named["loss_scale/scale"] = step.loss_scale.scale
+        named["loss_scale/good_steps"] = step.loss_scale.good_steps
+    for name, group in zip(step.learning_rates, step.optimizer.param_groups, strict=True):
+        (param,) = group["params"]
+        state = step.optimizer.state[param]
+        named |= {f"{name}/values": param, f"{name}/gradient": param.grad}
+        named |= {f"{name}/{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for copy in group.get("working_copy", ()):
+            if copy is not None:
+                named[f"{name}/working_copy"] = copy
+    return named

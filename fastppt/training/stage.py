@@ -17,8 +17,9 @@ from fastppt.objectives.denoising import Indicator
 from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.loss_scale import LossScale
+from fastppt.training.metric_names import layer_loss_names, loss_names
 from fastppt.training.ring import MetricRing
-from fastppt.training.step import Step, loss_names
+from fastppt.training.step import Step
 from fastppt_kernels import AnchoredAdamW
 
 
@@ -45,6 +46,7 @@ def build_steps(
         max_grad_norm=settings.max_grad_norm or None,
     )
     loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
+    tokens = stage.trainables.tokens
     objectives, key = stage.objectives, f"stage.{config.stage.index(stage)}.objectives"
     indicator = (
         Indicator.of(objectives.denoising, family)
@@ -52,9 +54,16 @@ def build_steps(
         else None
     )
     layers, attentions = layers_to_align(family, objectives, key)
-    feature_alignment = FeatureAlignment(family, layers) if layers else None
-    attention_alignment = AttentionAlignment(attentions) if attentions else None
+    feature_alignment = FeatureAlignment(family, [*layers.values()]) if layers else None
+    attention_alignment = AttentionAlignment([*attentions.values()]) if attentions else None
     losses = like.new_zeros(len(loss_names(objectives)))
+    layer_names = layer_loss_names(layers, attentions)
+    layer_losses = like.new_zeros(len(layer_names)) if layer_names else None
+    num_bins = 0 if indicator is None else len(indicator.base_ema)
+    details = (*layer_names, *(f"gamma/bin_{number}" for number in range(num_bins)))
+    num_samples = stage.batch_size * stage.gradient_accumulation
+    ring.lay_out(details, num_samples)
+    samples = torch.zeros_like(ring.samples[0])
     return [
         Step(
             family=family,
@@ -70,7 +79,11 @@ def build_steps(
             generator=generator,
             ring=ring,
             loss_scale=loss_scale,
+            kept_norms=trainables.tokens if tokens is not None and tokens.keep_norm else None,
             losses=losses,
+            layer_losses=layer_losses,
+            photo_numbers=torch.tensor([*bucket.photos], device=family.device),
+            samples=samples,
         )
         for bucket in buckets
     ]
@@ -84,14 +97,16 @@ def learning_rates(stage: StageConfig) -> dict[str, float]:
 
 def layers_to_align(
     family: Family, objectives: ObjectivesConfig, key: str
-) -> tuple[list[nn.Module], list[TextAttention]]:
-    """Return the layers of feature and of attention alignment; none of what is not an objective.
+) -> tuple[dict[str, nn.Module], dict[str, TextAttention]]:
+    """Return the layers of feature and of attention alignment, by their paths in the network.
+
+    There are none of what is not an objective.
 
     Raises:
         UserError: a pattern of layers matches nothing.
     """
     features, attention = objectives.feature_alignment, objectives.attention_alignment
     return (
-        aligned_layers(family, features, f"{key}.feature_alignment") if features else [],
-        aligned_attentions(family, attention, f"{key}.attention_alignment") if attention else [],
+        aligned_layers(family, features, f"{key}.feature_alignment") if features else {},
+        aligned_attentions(family, attention, f"{key}.attention_alignment") if attention else {},
     )

@@ -8,7 +8,7 @@ Shape legend: B batch, C latent channels, h and w latent height and width, S siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,13 +23,12 @@ from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.objectives.attention_alignment import AttentionAlignment
 from fastppt.objectives.denoising import Indicator, denoising_losses
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import LORA
 from fastppt.training.loss_scale import LossScale
+from fastppt.training.metric_names import LAYER_TERMS, by_layer_of, loss_names
 from fastppt.training.ring import MetricRing
 from fastppt_kernels import AnchoredAdamW
-
-METRICS = ("loss", "denoising", "anchor", "grad_norm", "learning_rate")
-"""What every step notes; `metric_names` adds what a run's objectives have."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,13 @@ class Step:
             optimizer's; the loop writes them.
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
+        kept_norms: The embeddings whose lengths are kept; None where there are none.
         losses: One number for each of `loss_names`, averaged over the passes of the step so far.
+        layer_losses: Likewise the layers' parts of `LAYER_TERMS`, one after the other; None where
+            no layer is aligned.
+        photo_numbers: [photos of the bucket] int64, their numbers in the run.
+        samples: [samples of a step, 2] int64, photo number and timestep of the latest ones, in the
+            order of the passes.
     """
 
     family: Family
@@ -101,33 +106,16 @@ class Step:
     generator: torch.Generator
     ring: MetricRing
     loss_scale: LossScale | None
+    kept_norms: LearnedTokens | None
     losses: Tensor
+    layer_losses: Tensor | None
+    photo_numbers: Tensor
+    samples: Tensor
 
     @property
     def learning_rate(self) -> Tensor:
         """The learning rate of the network's trainable: the one that metrics show."""
         return self.learning_rates[LORA]
-
-
-def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
-    """Return what a pass computes: the weighted sum of its terms, then each term unweighted.
-
-    The anchor is not among them: the optimizer computes it.
-    """
-    names = ["loss", "denoising"]
-    if objectives.adaptive:
-        names.append("gamma")
-    if objectives.feature_alignment is not None:
-        names += ["feature_mean", "feature_std"]
-    if objectives.attention_alignment is not None:
-        names.append("attention_alignment")
-    return tuple(names)
-
-
-def metric_names(stages: Sequence[StageConfig]) -> tuple[str, ...]:
-    """Return the columns of the metric ring of a run with these stages."""
-    names = [name for stage in stages for name in loss_names(stage.objectives)]
-    return tuple(dict.fromkeys([*METRICS, *names]))
 
 
 def needs_base_pass(stage: StageConfig, number: int) -> bool:
@@ -165,6 +153,7 @@ def accumulate_gradients(step: Step, *, with_base: bool = True) -> None:
     """
     objectives = step.stage.objectives
     batch = make_batch(step, draw(step))
+    note_samples(step, batch)
     with ExitStack() as comparison:
         base_prediction = None
         if with_base and objectives.need_base:
@@ -178,22 +167,47 @@ def accumulate_gradients(step: Step, *, with_base: bool = True) -> None:
     terms["loss"] = loss
     missing = torch.full_like(loss, torch.nan, requires_grad=False)
     losses = torch.stack([terms.get(name, missing).detach() for name in loss_names(objectives)])
-    step.losses.add_(losses, alpha=1 / step.stage.gradient_accumulation)
+    share = 1 / step.stage.gradient_accumulation
+    step.losses.add_(losses, alpha=share)
+    if step.layer_losses is not None:
+        by_layer = [terms[by_layer_of(name)] for name in LAYER_TERMS if by_layer_of(name) in terms]
+        step.layer_losses.add_(torch.cat(by_layer).detach() if by_layer else missing, alpha=share)
+
+
+def note_samples(step: Step, batch: Batch) -> None:
+    """Add the batch to `Step.samples`, where the oldest make room."""
+    seen = torch.stack([step.photo_numbers[batch.photos], batch.timesteps], dim=1)
+    step.samples.copy_(torch.cat([step.samples[len(seen) :], seen]))
 
 
 def update_parameters(step: Step) -> None:
-    """Take the optimizer's step with the gradients that there are, and note the metrics."""
-    step.optimizer.step(skip=_unscale_gradients_(step))
-    step.optimizer.zero_grad(set_to_none=False)
+    """Take the optimizer's step with the gradients that there are, and note the metrics.
+
+    Where the loss or the norm of the gradients, the anchor's among them, is not finite, parameters,
+    moments and all that goes with them stay bit for bit as they are.
+    """
     metrics = dict(zip(loss_names(step.stage.objectives), step.losses.unbind(), strict=True))
+    backs_off = _unscale_gradients_(step, metrics["loss"])
+    step.optimizer.step(skip=~metrics["loss"].isfinite(), skip_non_finite=True)
+    step.optimizer.zero_grad(set_to_none=False)
+    skipped = step.optimizer.skipped
+    if step.kept_norms is not None:
+        step.kept_norms.keep_norms_(skipped)
+    metrics["skipped"] = skipped
+    metrics["bad"] = skipped if backs_off is None else skipped & ~backs_off
     metrics["anchor"] = step.optimizer.penalty
     metrics["loss"] = metrics["loss"] + metrics["anchor"]
     metrics["grad_norm"] = step.optimizer.grad_norm
     metrics["learning_rate"] = step.learning_rate
     # Columns of other stages.
     missing = torch.full_like(step.learning_rate, torch.nan)
-    step.ring.write([metrics.get(name, missing) for name in step.ring.names])
+    details = [] if step.layer_losses is None else [step.layer_losses]
+    if step.indicator is not None:
+        details.append(step.indicator.gamma_by_bin())
+    step.ring.write([metrics.get(name, missing) for name in step.ring.names], details, step.samples)
     step.losses.zero_()
+    if step.layer_losses is not None:
+        step.layer_losses.zero_()
 
 
 def draw(step: Step) -> Draws:
@@ -267,7 +281,9 @@ def base_pass(step: Step, batch: Batch) -> Tensor:
 def loss_terms(
     step: Step, batch: Batch, prediction: Tensor, base_prediction: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return the terms of the loss, unweighted, and gamma's mean; 0-dim all.
+    """Return the terms of the loss, unweighted, gamma's mean, and what else a pass notes.
+
+    All are 0-dim, but for the layers' parts of `LAYER_TERMS`, [layers], under `by_layer_of`.
 
     Args:
         step: What it reads and writes; the indicator takes note of the losses.
@@ -275,7 +291,8 @@ def loss_terms(
         prediction: [B, C, h, w], of the tuned network, whose forward pass has just ended.
         base_prediction: Likewise of the base; None in a pass that did not ask it.
     """
-    terms = {}
+    terms: dict[str, Tensor] = {}
+    by_layer: dict[str, Tensor] = {}
     if step.indicator is None:
         terms["denoising"] = denoising_losses(prediction, batch.target).mean()
     elif base_prediction is None:
@@ -288,9 +305,15 @@ def loss_terms(
         )
         terms["gamma"] = gamma.mean()
     if base_prediction is not None and step.feature_alignment is not None:
-        terms["feature_mean"], terms["feature_std"] = step.feature_alignment.losses()
+        means, stds = step.feature_alignment.losses()
+        by_layer |= {"feature_mean": means, "feature_std": stds}
     if base_prediction is not None and step.attention_alignment is not None:
-        terms["attention_alignment"] = step.attention_alignment.loss()
+        by_layer["attention_alignment"] = step.attention_alignment.losses()
+    for name, losses in by_layer.items():
+        terms[name], terms[by_layer_of(name)] = losses.sum(), losses
+    if base_prediction is not None:
+        base = base_prediction.to(batch.target.dtype)
+        terms["prediction_difference"] = denoising_losses(prediction.detach(), base).mean()
     return terms
 
 
@@ -328,9 +351,9 @@ def _scaled(step: Step, loss: Tensor) -> Tensor:
     return loss if step.loss_scale is None else loss * step.loss_scale.scale
 
 
-def _unscale_gradients_(step: Step) -> Tensor | None:
-    """Take the loss scale out of the gradients; returns whether to skip the step, on the device."""
+def _unscale_gradients_(step: Step, loss: Tensor) -> Tensor | None:
+    """Take the loss scale out of the gradients; returns whether it backs off, on the device."""
     if step.loss_scale is None:
         return None
     params = (param for group in step.optimizer.param_groups for param in group["params"])
-    return step.loss_scale.unscale_([param.grad for param in params])
+    return step.loss_scale.unscale_([param.grad for param in params], loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -10,17 +11,16 @@ from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables
 from fastppt.training.compiling import _allow_variants
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
-from fastppt.training.stage import build_steps
-from fastppt.training.step import (
-    Step,
-    metric_names,
-)
+from fastppt.training.stage import build_steps, learning_rates
+from fastppt.training.step import Step
 
 OBJECTIVES = "stage.0.objectives"
 APT = {
@@ -32,22 +32,37 @@ APT = {
 """The settings of all objectives that compare with the base."""
 
 
+# One model in the fast tests, the others in the slow ones.
+ONE_FAST = (
+    pytest.param("mini-sd", marks=pytest.mark.slow),
+    "mini-sdxl",
+    pytest.param("mini-sd3", marks=pytest.mark.slow),
+)
+
+
 def load(model: str, dtype: torch.dtype | None = None) -> Family:
     return load_family(ModelConfig(path=model, device="cpu"), dtype=dtype)
 
 
 def prepared(config: RunConfig, family: Family) -> tuple[Step, LoraAdapters]:
-    """A step of the first stage, and its adapters, which are no longer at their start."""
+    """A step of the first stage, and its adapters."""
+    step, trainables = prepared_trainables(config, family)
+    return step, trainables.lora
+
+
+def prepared_trainables(config: RunConfig, family: Family) -> tuple[Step, Trainables]:
+    """A step of the first stage, its learning rates set, and all that it trains."""
     config = resolve(config, family)
     dtype = torch.promote_types(family.dtype, torch.float32)
     trainables = build_trainables(config, family, dtype=dtype)
-    adapters = trainables.lora
-    buckets, _ = encode(config, family, find_photos(config.photos.folder), Console(quiet=True))
+    photos = find_photos(config.photos.folder, config.photos.captions)
+    buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), 64, family.device)
     generator = new_generator(config, family)
     (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
-    step.learning_rate.fill_(config.stage[0].trainables.lora.learning_rate)
-    return step, adapters
+    for name, rate in learning_rates(config.stage[0]).items():
+        step.learning_rates[name].fill_(rate)
+    return step, trainables
 
 
 def stir(adapters: LoraAdapters, size: float = 0.1) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastppt.families.base import Family
 from fastppt.training.step import Draws, Step
+from tests.training.plain_text import PlainText
 
 # For each mini model: whose features and whose attention maps are held by default.
 UP = "up_blocks.{}.attentions.{}"
@@ -158,10 +159,19 @@ def plain_gamma(base: float, tuned: float, temperature: float) -> float:
 
 
 def plain_terms(
-    step: Step, network: PlainNetwork, draws: Draws, emas: list[list[float]], leaves: Leaves
+    step: Step,
+    network: PlainNetwork,
+    draws: Draws,
+    emas: list[list[float]],
+    leaves: Leaves,
+    *,
+    scale: float = 1.0,
+    prompts: PlainText | None = None,
 ) -> dict[str, Tensor]:
-    """The terms of one pass; ``emas`` (base's, tuned's; NaN is not seen) are brought up to date."""
-    scale = 1.0
+    """The terms of one pass; ``emas`` (base's, tuned's; NaN is not seen) are brought up to date.
+
+    Without ``prompts`` the text is the step's own, as it was encoded for it.
+    """
     weights = dict(network.weights)
     for name, (down, up) in leaves.items():
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + scale * (up @ down)
@@ -178,8 +188,15 @@ def plain_terms(
         mean, std = step.latents.posteriors[photo, view]
         latents.append(mean + std * draws.posterior_normals[row])
     noisy, target = network.noised(torch.stack(latents), draws.noise, draws.timesteps)
-    rows = {"subject": step.prompts.subject_rows, "class": step.prompts.class_rows}
-    text = {name: step.prompts.embeddings[which[draws.photos]] for name, which in rows.items()}
+    text: dict[str, Any]
+    if prompts is None:
+        rows = {"subject": step.prompts.subject_rows, "class": step.prompts.class_rows}
+        text = {name: step.prompts.embeddings[which[draws.photos]] for name, which in rows.items()}
+        columns = step.prompts.columns[draws.photos].tolist()
+    else:
+        photos = draws.photos
+        text = {"subject": prompts.subject(photos), "class": prompts.plain_class(photos)}
+        columns = prompts.columns(photos)
     sizes = step.prompts.sizes[draws.photos]
     with torch.no_grad():
         base_prediction, base_features, base_maps = network(
@@ -197,13 +214,13 @@ def plain_terms(
     gammas = [plain_gamma(emas[0][index], emas[1][index], temperature) for index in bins]
     gamma = torch.tensor(gammas, dtype=torch.float64)
     terms = {"denoising": ((1 - gamma) * losses).mean(), "gamma": gamma.mean()}
+    terms["prediction_difference"] = ((prediction - base_prediction) ** 2).mean()
     zero = torch.zeros((), dtype=torch.float64)
     terms |= {"feature_mean": zero, "feature_std": zero, "attention_alignment": zero}
     for name in features:
         pairs = zip(statistics(features[name]), statistics(base_features[name]), strict=True)
         for term, (ours, theirs) in zip(("feature_mean", "feature_std"), pairs, strict=True):
             terms[term] = terms[term] + ((ours - theirs) ** 2).sum(1).mean()
-    columns = step.prompts.columns[draws.photos].tolist()
     for name in maps:
         num_heads = network.attentions[name].num_heads
         loss = compare_maps(maps[name], base_maps[name], columns, num_heads)

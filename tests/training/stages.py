@@ -15,13 +15,14 @@ from fastppt.trainables.lora import LoraAdapters
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.runners import StageRunner
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.snapshot import written_tensors
 from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, metric_names
+from fastppt.training.step import Step
 
 # Adaptive weighting and both alignments, so a base pass.
 WITH_BASE: dict[str, object] = {

@@ -20,13 +20,14 @@ from fastppt.families.base import Family
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 from fastppt.training import runners
 from fastppt.training.build import build_trainables
-from fastppt.training.encoding import encode
+from fastppt.training.encoding import MOST_NOTES, encode
 from fastppt.training.loop import resolve, train
+from fastppt.training.metric_names import METRICS
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import RunResult, TrainingRun, new_generator
 from fastppt.training.seeds import BUCKET_STREAM, split_seed
 from fastppt.training.stage import build_steps
-from fastppt.training.step import METRICS, Step, run_step
+from fastppt.training.step import Step, run_step
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -182,6 +183,22 @@ def test_notes_name_photos_that_are_scaled_up_and_prompts_that_are_cut(
     assert f"{folder}/fits.txt" in notes[1] and notes[1].endswith("shiny shiny")
     _, text = run(make_config(output=str(tmp_path / "b"), **{"stage.0.steps": 1}))
     assert "note:" not in text
+
+
+def test_of_many_notes_of_one_kind_the_first_are_printed(
+    make_config: MakeConfig, photos: Path, tmp_path: Path
+) -> None:
+    picture = Image.open(next(iter(sorted(photos.glob("*"))))).convert("RGB").resize((32, 32))
+    num_photos = MOST_NOTES + 3
+    for number in range(num_photos):
+        picture.save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"a robot, number {number}")
+    settings = {"photos.folder": str(tmp_path), "stage.0.steps": 1}
+    _, text = run(make_config(output=str(tmp_path / "out"), **settings))
+    notes = [line for line in text.splitlines() if line.startswith("note: ")]
+    kinds = ["is scaled up", "does not say {subject}"]
+    assert [sum(kind in note for note in notes) for kind in kinds] == [MOST_NOTES] * 2
+    assert notes.count("note: 3 more are like these") == 2 == len(notes) - 2 * MOST_NOTES
 
 
 def test_no_bucket_is_larger_than_the_network_has_places_for(

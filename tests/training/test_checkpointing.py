@@ -21,10 +21,11 @@ from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.live_bytes import LiveBytes
 from fastppt.training.loop import resolve, train
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, accumulate_gradients, metric_names, run_step
+from fastppt.training.step import Step, accumulate_gradients, run_step
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from fastppt.config import ModelConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training import compiling
 from fastppt.training.compiling import check_gradients, compile_blocks, compile_network
 from fastppt.training.step import Step, accumulate_gradients, run_step
@@ -103,7 +104,7 @@ def test_a_right_network_passes_the_check_and_nothing_changes(
 ) -> None:
     before = state_of(stage[0][0])
     passes = spoil_pass(monkeypatch, lambda gradient: gradient.mul_(1 + rounding), number=number)
-    check_gradients(*stage)
+    check_gradients(stage[0], Trainables(stage[1]))
     stances = ("force_eager", "default")
     assert passes == [(stance, base) for base in (False, True) for stance in stances]
     assert are_equal(before, state_of(stage[0][0]))
@@ -114,8 +115,8 @@ def test_a_network_that_is_wrong_only_beside_the_base_is_refused(
 ) -> None:
     before = state_of(stage[0][0])
     spoil_pass(monkeypatch, lambda gradient: gradient.mul_(0.25), number=3)
-    with pytest.raises(UserError, match="44 of 44 adapter tensors differ"):
-        check_gradients(*stage)
+    with pytest.raises(UserError, match="44 of 44 trained tensors differ"):
+        check_gradients(stage[0], Trainables(stage[1]))
     assert are_equal(before, state_of(stage[0][0]))
 
 
@@ -127,7 +128,7 @@ def test_a_float16_network_is_checked_where_its_gradients_are_finite(
     before = state_of(stage[0][0])
     gradients: list[Tensor] = []
     spoil_pass(monkeypatch, lambda gradient: gradients.append(gradient.clone()), number=3)
-    check_gradients(*stage)
+    check_gradients(stage[0], Trainables(stage[1]))
     assert gradients[0].isfinite().all() and gradients[0].any()
     assert are_equal(before, state_of(stage[0][0]))
 
@@ -148,10 +149,10 @@ def test_one_wrong_gradient_is_named(
     spoil_pass(monkeypatch, lambda gradient: spoil(gradient.as_strided(*place)))
     before = state_of(stage[0][0])
     with pytest.raises(UserError) as raised:
-        check_gradients(*stage)
+        check_gradients(stage[0], Trainables(stage[1]))
     message = str(raised.value)
     assert f"most of all that of {pair.name}.{side} " in message
-    assert "1 of 44 adapter tensors differ" in message
+    assert "1 of 44 trained tensors differ" in message
     assert message.endswith("pass --set compile_scope=blocks")
     assert are_equal(before, state_of(stage[0][0]))
 
@@ -161,7 +162,7 @@ def test_a_network_compiled_as_one_by_autograd_alone_is_right(
     stage: tuple[list[Step], LoraAdapters],
 ) -> None:
     stage[0][0].family.network.compile(backend="aot_eager")
-    check_gradients(*stage)
+    check_gradients(stage[0], Trainables(stage[1]))
 
 
 # What compiling needs of the machine.

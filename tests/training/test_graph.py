@@ -265,7 +265,7 @@ def test_written_values_are_no_change(captured: tuple[Step, Constants]) -> None:
 
 
 def captured_function(
-    function: Function, tensors: list[Tensor], modules: tuple[nn.Module, ...] = ()
+    function: Function, tensors: list[Tensor], modules: dict[str, nn.Module] | None = None
 ) -> CapturedFunction:
     return CapturedFunction(
         function,

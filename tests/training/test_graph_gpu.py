@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastppt.config import RunConfig
+from fastppt.trainables.trainables import Trainables
 from fastppt.training import loop
 from fastppt.training.compiling import check_gradients, compile_blocks
 from fastppt.training.engine import fallback_note, resolve_engine
@@ -239,7 +240,7 @@ def test_compiled_gradients_are_eager_ones_tensor_by_tensor(
     settings = WITH_BASE | {"model.device": "cuda", "model.precision": precision}
     steps, adapters = build_stage(make_config, model, **settings)
     compile_blocks(steps[0].family)
-    check_gradients(steps, adapters)
+    check_gradients(steps, Trainables(adapters))
 
 
 def test_twenty_compiled_steps_go_where_eager_ones_go(

@@ -24,7 +24,7 @@ from fastppt.families.loading import load_family
 from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.outputs import files
 from fastppt.outputs.generate import install_lora
-from fastppt.outputs.lora_files import DIFFUSERS_FILE
+from fastppt.outputs.lora_files import DIFFUSERS_FILE, read_lora_file
 from fastppt.outputs.samples import MARGIN, MIN_CELL
 from fastppt.training import build, engine, loop, run
 from fastppt.training.loop import train as train_run
@@ -67,9 +67,15 @@ def test_a_run_leaves_everything_that_it_promises(make_config: MakeConfig, tmp_p
     assert len(event_files) == 1
     assert sorted(set(found) - set(event_files)) == [
         "README.md",
+        "checkpoints/step-000002/manifest.json",
         "checkpoints/step-000002/pytorch_lora_weights.safetensors",
+        "checkpoints/step-000002/state.safetensors",
+        "checkpoints/step-000004/manifest.json",
         "checkpoints/step-000004/pytorch_lora_weights.safetensors",
+        "checkpoints/step-000004/state.safetensors",
+        "checkpoints/step-000006/manifest.json",
         "checkpoints/step-000006/pytorch_lora_weights.safetensors",
+        "checkpoints/step-000006/state.safetensors",
         "config.toml",
         "metrics.jsonl",
         "my robot.safetensors",
@@ -108,10 +114,11 @@ def test_every_file_is_written_by_rename(
     synced: list[int] = []
     real_sync = files.os.fsync
     monkeypatch.setattr(files.os, "fsync", lambda fd: (synced.append(fd), real_sync(fd)))
-    result = train(make_config(**{"samples.enabled": True, "samples.steps": 1}))
+    settings = {"samples.enabled": True, "samples.steps": 1, "checkpoint_every": 6}
+    result = train(make_config(**settings))
     root = result.folder.root
     written = [path for path in opened if root in path.parents]
-    assert len(written) >= 7
+    assert len(written) >= 10
     assert all(path.name.endswith(".tmp") for path in written)
     # A file and its folder each, and the folder in which the checkpoint got its name.
     assert len(synced) == 2 * len(written) + 1
@@ -253,7 +260,8 @@ def test_grids_show_the_tuned_network_as_configured(make_config: MakeConfig) -> 
     config = make_config(**settings)
     result = train(config)
     family = load_family(config.model)
-    adapters = install_lora(family, result.folder.root / DIFFUSERS_FILE)
+    lora = read_lora_file(result.folder.root / DIFFUSERS_FILE, family)
+    adapters = install_lora(family, lora).lora
     captions = sample_prompts(config.prompts)
 
     def cells() -> list[bytes]:

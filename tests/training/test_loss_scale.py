@@ -19,10 +19,11 @@ from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
 from fastppt.training.loss_scale import GROWTH_INTERVAL, START, LossScale
+from fastppt.training.metric_names import METRICS
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
-from fastppt.training.step import METRICS, Step, run_step
+from fastppt.training.step import Step, run_step
 from fastppt_kernels.testing import ForbidHostReads
 
 MakeConfig = Callable[..., RunConfig]
@@ -56,7 +57,7 @@ def first_gradients(step: Step, adapters: LoraAdapters) -> Tensor:
         pair.up.fill_(0.01)
     adapters.refresh()
     gradients = []
-    step.optimizer.step = lambda skip: gradients.append(adapters.arena.grad.clone())
+    step.optimizer.step = lambda **_: gradients.append(adapters.arena.grad.clone())
     run_step(step)
     return gradients[0]
 
@@ -149,7 +150,7 @@ def test_the_scale_follows_the_rule_of_torchs_scaler() -> None:
         value = float("inf") if number in bad_steps else 3.0
         gradient = torch.full((3,), value * float(ours.scale))
         parameter.grad = gradient.clone()
-        skip = ours.unscale_([gradient])
+        skip = ours.unscale_([gradient], torch.zeros(()))
         assert bool(skip) == (number in bad_steps)
         assert skip or gradient.tolist() == [3.0] * 3
         theirs.step(optimizer)

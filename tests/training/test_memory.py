@@ -22,10 +22,11 @@ from fastppt.training.encoding import encode
 from fastppt.training.live_bytes import LiveBytes
 from fastppt.training.loop import resolve
 from fastppt.training.memory import MemoryPlan, plan_memory
+from fastppt.training.metric_names import metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, accumulate_gradients, metric_names
+from fastppt.training.step import Step, accumulate_gradients
 
 MakeConfig = Callable[..., RunConfig]
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -18,11 +18,12 @@ from fastppt.trainables.lora import LoraAdapters
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
+from fastppt.training.metric_names import METRICS
 from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.stage import build_steps
-from fastppt.training.step import METRICS, Step, draw, run_step
+from fastppt.training.step import Step, draw, run_step
 from fastppt_kernels.testing import ForbidHostReads
 
 MakeConfig = Callable[..., RunConfig]

@@ -12,12 +12,12 @@ from torch import Tensor
 from fastppt.config import RunConfig
 from fastppt.families.names import MINI_MODELS
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.metric_names import METRICS, loss_names
 from fastppt.training.step import (
     accumulate_gradients,
     base_pass,
     choose_views,
     draw,
-    loss_names,
     make_batch,
     needs_base_pass,
     run_step,
@@ -125,8 +125,10 @@ def test_each_objective_stands_alone(make_config: MakeConfig) -> None:
         stir(adapters)
         run_step(step)
         (row,) = metrics_of(step, 1)
-        wanted = {"step", "loss", "denoising", "anchor", "grad_norm", "learning_rate", name}
-        assert set(row) - {"feature_mean"} == wanted
+        wanted = {"step", *METRICS, "prediction_difference", name}
+        assert {key for key in row if "/" not in key} - {"feature_mean"} == wanted
+        own = "gamma" if name == "gamma" else name
+        assert {key.partition("/")[0] for key in row if "/" in key} - {"feature_mean"} == {own}
         weight = {"gamma": 0.0, "feature_std": 30.0, "attention_alignment": 3e-4}[name]
         total = row["denoising"] + weight * (row[name] + row.get("feature_mean", 0.0))
         assert row["loss"] == pytest.approx(total, rel=1e-5)
@@ -181,7 +183,7 @@ def test_a_sample_of_a_bin_that_is_overfitted_through_and_through_has_no_gradien
     for with_base in (True, False):
         accumulate_gradients(step, with_base=with_base)
         assert not adapters.arena.grad.any()
-    _, denoising, gamma = step.losses.tolist()
+    _, denoising, gamma, _ = step.losses.tolist()
     assert (denoising, gamma) == (0.0, 2.0)
 
 

@@ -1,0 +1,153 @@
+"""What a run was trained on, in hashes: so that it is resumed on the same, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from fastppt.data.buckets import Bucket
+from fastppt.data.photos import Photo
+from fastppt.errors import UserError
+from fastppt.families.base import Family
+from fastppt.training.checkpoint import Identity
+
+PACKAGES = ("fastppt", "torch", "diffusers", "transformers")
+# Integer types to read the bits of an element of so many bytes with.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def identify(photos: Sequence[Photo], weights: str, buckets: Sequence[Bucket]) -> Identity:
+    """Return what a run is trained on.
+
+    Args:
+        photos: The subject's, read again for their hashes.
+        weights: What `fingerprint_weights` returned.
+        buckets: With all that was encoded, before the first step.
+    """
+    return Identity(
+        photos=hash_photos(photos),
+        captions={_name(photo): photo.caption for photo in photos},
+        weights=weights,
+        encodings=fingerprint(
+            (f"{number}.{name}", tensor)
+            for number, bucket in enumerate(buckets)
+            for name, tensor in _encodings(bucket)
+        ),
+    )
+
+
+def hash_photos(photos: Sequence[Photo]) -> dict[str, str]:
+    """Return the SHA-256 of each photo's file, by its name."""
+    hashes = {}
+    for photo in photos:
+        with photo.path.open("rb") as file:
+            hashes[_name(photo)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def fingerprint_weights(family: Family, *, with_text: bool) -> str:
+    """Return a fingerprint of the base's weights and buffers.
+
+    Args:
+        family: The loaded model, before anything is put into it.
+        with_text: Take in the text encoders that can be trained, beside the network.
+    """
+    modules: dict[str, nn.Module] = {"network": family.network}
+    if with_text:
+        modules |= family.text.clips
+    return fingerprint(
+        [
+            (f"{part}.{name}", tensor)
+            for part, module in modules.items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        ]
+    )
+
+
+def fingerprint(tensors: Iterator[tuple[str, Tensor]] | Sequence[tuple[str, Tensor]]) -> str:
+    """Return a hash of tensors by name: of name, dtype, shape, and the sum of the bits of each.
+
+    The bits of an element are taken as an integer, and the sum wraps at 2^64: one pass over the
+    memory on the device, and one read on the host. Elements that change places go unnoticed.
+    """
+    kinds, sums = [], []
+    for name, tensor in tensors:
+        kinds.append((name, str(tensor.dtype), list(tensor.shape)))
+        bits = tensor.detach().view(BITS[tensor.element_size()])
+        sums.append(bits.sum(dtype=torch.int64))
+    values = torch.stack(sums).tolist()
+    return hashlib.sha256(json.dumps([kinds, values]).encode()).hexdigest()
+
+
+def check_photos(saved: Identity, photos: Sequence[Photo]) -> None:
+    """Refuse to go on with other photos or captions than those that were trained on.
+
+    Raises:
+        UserError: names the photo.
+    """
+    hashes = hash_photos(photos)
+    captions = {_name(photo): photo.caption for photo in photos}
+    for name in sorted(saved.photos.keys() | hashes.keys()):
+        if name not in hashes:
+            change = f"{name} is gone"
+        elif name not in saved.photos:
+            change = f"{name} is new"
+        elif hashes[name] != saved.photos[name]:
+            change = f"{name} has changed"
+        elif captions[name] != saved.captions[name]:
+            change = f"the caption of {name} has changed"
+        else:
+            continue
+        raise UserError(
+            f"photos: {change} since the run began; put back what it was trained on, or start a "
+            "new run"
+        )
+
+
+def check_weights(saved: Identity, weights: str) -> None:
+    """Refuse to go on with another base network than was trained.
+
+    Args:
+        saved: What the run began with.
+        weights: What `fingerprint_weights` returned.
+
+    Raises:
+        UserError: says that it is the model.
+    """
+    if saved.weights != weights:
+        raise UserError(
+            "model.path: the model's weights are not those that the run began with; give it the "
+            "same model, or start a new run"
+        )
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Return the versions and the device that numbers may depend on in their last bits."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**{package: version(package) for package in PACKAGES}, "device": name}
+
+
+def _name(photo: Photo) -> str:
+    """Return the name of a photo's file; bytes that are no text in UTF-8 become escapes."""
+    return photo.path.name.encode("utf-8", "backslashreplace").decode()
+
+
+def _encodings(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """Return what a bucket's photos and prompts were encoded to, but for text that moves."""
+    prompts = bucket.prompts
+    photos = torch.arange(bucket.num_photos, device=prompts.sizes.device)
+    yield "latents", bucket.latents.posteriors
+    yield "columns", prompts.columns
+    yield "sizes", prompts.sizes
+    texts = {"class": prompts.plain_class(photos)}
+    if prompts.live is None:
+        texts["subject"] = prompts.subject(photos)
+    for kind, text in texts.items():
+        yield f"{kind}.tokens", text.tokens
+        if text.pooled is not None:
+            yield f"{kind}.pooled", text.pooled
