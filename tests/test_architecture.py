@@ -35,9 +35,10 @@ MAY_IMPORT = {
     },
     "console": set(),
     "faults": {"console", "errors", "outputs", ""},
+    "flags": {"config", "config_io", "errors"},
     "cli": {
-        *("config", "config_io", "console", "doctor", "errors", "faults", "machine", "outputs"),
-        *("training", ""),
+        *("config", "config_io", "console", "doctor", "errors", "faults", "flags", "machine"),
+        *("outputs", "training", ""),
     },
     "__main__": {"cli"},
     "": set(),

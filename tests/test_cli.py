@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from fastppt import cli
@@ -301,16 +303,18 @@ def test_resume_of_a_finished_run_says_so_and_ends_well(trained: Path) -> None:
 def test_resume_goes_on_with_what_the_flags_change(trained: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy")
     command = ["train", "--resume", copy / "checkpoints" / "step-000002", "--keep-checkpoints", 1]
-    result = run(*command, "--steps", 5, "--set", "name=longer")
+    result = run(*command, "--steps", 5, "--set", "save_dtype=bf16")
     assert result.exit_code == 0, result.output
     for line in (
         f"resume: going on after step 2 ({copy}/checkpoints/step-000002)",
-        "changed: name was unset and is longer",
+        "changed: save_dtype was fp32 and is bf16",
         "changed: keep_checkpoints was 0 and is 1",
         "changed: stage.0.steps was 3 and is 5",
     ):
         assert line in result.output
-    assert "generate --lora" in result.output and (copy / "longer.safetensors").is_file()
+    assert "generate --lora" in result.output
+    written = load_file(copy / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert len((copy / "metrics.jsonl").read_text().splitlines()) == 5
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step-000005"]
 

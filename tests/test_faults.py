@@ -176,7 +176,12 @@ def test_ctrl_c_while_a_command_works_is_one_line(
         raise RuntimeError("half done")
 
     monkeypatch.setattr("fastppt.outputs.convert.convert", work)
-    result = CliRunner().invoke(app, ["convert", "x", "--to", "peft"])
+    # Tests that run in the background of a shell have SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(app, ["convert", "x", "--to", "peft"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr == "SIGINT: ended before all was done\n"
 

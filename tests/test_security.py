@@ -68,9 +68,13 @@ def test_nothing_reads_pickles_unpacks_archives_or_runs_text() -> None:
     ]
 
 
-@pytest.mark.parametrize("word", ["../../x", "/etc/passwd", "..", "", "\0", "<v>\n", "a" * 400, "\U00020000" * 99])
+@pytest.mark.parametrize(
+    "word",
+    ["../../x", "/etc/passwd", "..", "", "\0", "<v>\n", "a" * 400, "\U00020000" * 60],
+    ids=ascii,
+)
 def test_prompts_and_words_stay_in_the_folder_as_names_of_files(word: str, tmp_path: Path) -> None:
-    for name in (f"{picture_stem(word)}-0.png", embedding_name(word[:200])):
+    for name in (f"{picture_stem(word)}-0.png", embedding_name(word[:50])):
         path = tmp_path / name
         assert path.parent == tmp_path and name not in {".", ".."}
         write_file(path, "x")

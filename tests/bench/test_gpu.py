@@ -199,8 +199,8 @@ def test_without_the_trainer_only_the_kernels_are_tested(gpu_tests_in):
     [
         (f"{MARK}def test_a(): pass\n\n{MARK}def test_b(): assert False\n", "red"),
         (f"{MARK}def test_a(): pytest.skip()\n", "no gpu test passed"),
-        ("def test_a(): pass\n", "no gpu test passed"),
-        ("import no_such_module\n", "red"),
+        pytest.param("def test_a(): pass\n", "no gpu test passed", marks=pytest.mark.slow),
+        pytest.param("import no_such_module\n", "red", marks=pytest.mark.slow),
     ],
     ids=["a red test", "all skipped", "none there", "not collected"],
 )

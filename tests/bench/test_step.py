@@ -126,6 +126,7 @@ def test_a_way_that_dies_is_named_and_the_others_are_timed(monkeypatch, time_min
     assert [row["refused"] for row in refusals] == ["RuntimeError: illegal memory access"]
 
 
+@pytest.mark.slow
 def test_ways_made_before_the_time_is_up_are_timed(monkeypatch, photos):
     ways = [StepWay("lora"), StepWay(CACHED_NAME), StepWay(BASE_PASS)]
     replace_peer(monkeypatch, lambda: time.sleep(60))

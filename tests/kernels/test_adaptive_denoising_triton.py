@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppt_kernels import adaptive_denoising_loss
-from fastppt_kernels.adaptive_denoising import launch, op
+from fastppt_kernels.adaptive_denoising import launch
 from fastppt_kernels.adaptive_denoising.reference import adaptive_denoising_reference
 from fastppt_kernels.testing import (
     HAS_GPU,
@@ -42,6 +42,7 @@ def _poisoned_scratch():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_the_kernels_pass_in_the_interpreter():
     run_in_interpreter(__file__)
@@ -194,7 +195,11 @@ def test_opcheck_is_green(device):
     arguments["prediction"].requires_grad_()
     # Compiling in the interpreter calls for what the interpreter has not.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._loss, (*arguments.values(), 1000.0, 0.1), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.adaptive_denoising,
+        (*arguments.values(), 1000.0, 0.1),
+        test_utils=tests,
+    )
 
 
 FAULTS = {

@@ -337,8 +337,12 @@ def test_opcheck_is_green(device):
     features.requires_grad_()
     # Compiling in the interpreter calls for what the interpreter has not.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._statistics, (features, EPS), test_utils=tests)
-    torch.library.opcheck(op._alignment, (features, *base, EPS), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.feature_statistics, (features, EPS), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.fastppt_kernels.feature_alignment, (features, *base, EPS), test_utils=tests
+    )
 
 
 FAULTS = {
@@ -394,6 +398,7 @@ def test_a_planted_fault_turns_the_comparison_red(device, monkeypatch, tmp_path,
         check(features, *base)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_aligned_features_are_read_and_written_16_bytes_at_a_time(layout):

@@ -54,6 +54,7 @@ def _poisoned_scratch():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_the_kernels_pass_in_the_interpreter():
     run_in_interpreter(__file__)

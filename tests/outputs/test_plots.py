@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("num_steps", [1, 1000])
+@pytest.mark.parametrize("num_steps", [1, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_plot_is_drawn_and_shows_something(tmp_path: Path, num_steps: int) -> None:
     rows = [row(step + 1, with_base=step % 2 == 0) for step in range(num_steps)]
     paths = draw_plots(write(tmp_path / "m.jsonl", rows), tmp_path / "plots", "a run")

@@ -19,7 +19,6 @@ from fastppt.outputs.generate import generate
 from fastppt.outputs.samples import MARGIN, MIN_CELL
 from fastppt.training.build import build_trainables
 from fastppt.training.loop import train
-from tests.outputs.lora_cases import FAMILIES
 from tests.outputs.test_text_files import code_of, share_that_differs
 from tests.outputs.text_cases import WORD, text_settings
 
@@ -68,7 +67,7 @@ def stock_picture(card: Path) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "sdxl", "sd3"])
 def test_stock_diffusers_and_generate_draw_the_last_grid_of_the_run(
     make_config: MakeConfig, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,13 @@ def stock_picture(model: str, folder: Path, file: str) -> np.ndarray:
     ).astype(int)
 
 
-@pytest.mark.parametrize("model", MINI_MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, marks=() if model == "mini-sdxl" else pytest.mark.slow)
+        for model in MINI_MODELS
+    ],
+)
 def test_sixty_steps_on_real_photos_give_files_that_diffusers_draws_the_same_with(
     make_config: Callable[..., RunConfig], real_photos: Callable[[str], Path], model: str
 ) -> None:

@@ -167,6 +167,7 @@ def full_size_plan(name: FullModel, make_config: MakeConfig, **settings: Any) ->
     return plan_memory(config, family)
 
 
+@pytest.mark.slow
 def test_sdxl_in_full_size_adds_up(make_config: MakeConfig) -> None:
     """Every number below is counted by hand from the published configuration."""
     plain, apt = full_size_plan("sdxl", make_config), full_size_plan("sdxl", make_config, **APT)

@@ -138,7 +138,7 @@ def eager_and_replayed(
     ("model", "settings"),
     [
         pytest.param("mini-sd", {"model.precision": "fp16"}, marks=pytest.mark.slow),
-        ("mini-sdxl", {}),
+        pytest.param("mini-sdxl", {}, marks=pytest.mark.slow),
         ("mini-sd3", {"model.precision": "bf16", "stage.0.gradient_accumulation": 2}),
     ],
 )
