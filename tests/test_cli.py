@@ -326,7 +326,11 @@ def test_resume_goes_on_with_what_the_flags_change(trained: Path, tmp_path: Path
         (["--recipe", "lora"], "--recipe: a resumed run has its own configuration"),
         (["run.toml"], "run.toml: a resumed run has its own configuration"),
         (["--output", "elsewhere"], "--output: a resumed run goes on in its own folder"),
-        (["--seed", 1], "these keys cannot change in a run that has begun: seed was 0 and is 1"),
+        (
+            ["--seed", 1, "--log-every", 7],
+            "these keys cannot change in a run that has begun: seed was 0 and is 1 (these can: "
+            "log_every was 10 and is 7)",
+        ),
     ],
 )
 def test_resume_with_what_does_not_go_with_it_is_refused(

@@ -239,17 +239,16 @@ def _check_changes(old: RunConfig, new: RunConfig) -> None:
     """Refuse changes that would make another run of it.
 
     Raises:
-        UserError: names each such key, and what it was and is.
+        UserError: names each such key, and what it was and is; and the changes that are none of it.
     """
-    refused = {
-        key: values
-        for key, values in _differences(old, new).items()
-        if not _may_change(key, *values, new)
-    }
+    changed = _differences(old, new)
+    refused = {k: values for k, values in changed.items() if not _may_change(k, *values, new)}
     if refused:
+        others = {key: values for key, values in changed.items() if key not in refused}
+        borne = f" (these can: {_in_words(others)})" if others else ""
         raise UserError(
-            f"--resume: these keys cannot change in a run that has begun: {_in_words(refused)}. "
-            "Leave them as they were, or start a new run"
+            f"--resume: these keys cannot change in a run that has begun: {_in_words(refused)}"
+            f"{borne}. Leave them as they were, or start a new run"
         )
 
 
