@@ -46,11 +46,15 @@ def settings(model: str, subject: str, folder: Path, steps: int) -> dict[str, ob
 
 
 def run_and_resume(
-    make_config: MakeConfig, tmp_path: Path, keys: dict[str, object], steps: int
+    make_config: MakeConfig,
+    tmp_path: Path,
+    keys: dict[str, object],
+    steps: int,
+    engines: tuple[str, ...] = ("eager", "graph"),
 ) -> dict[str, dict[str, object]]:
     """What runs by each engine leave; a run that is taken up again half-way leaves the same."""
     left = {}
-    for name in ("eager", "graph"):
+    for name in engines:
         output = {"engine": name, "output": str(tmp_path / name)}
         root = train(make_config("apt", **keys, **output))
         left[name] = contents(root)
@@ -84,6 +88,15 @@ def test_a_hundred_steps_on_real_photos(
     keys = settings(model, SUBJECTS[model], real_photos(SUBJECTS[model]), 100)
     left = run_and_resume(make_config, tmp_path, keys, 100)
     assert left["eager"] == left["graph"]
+
+
+@pytest.mark.slow
+def test_a_hundred_compiled_steps_on_real_photos(
+    make_config: MakeConfig, real_photos: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of one family: a cold compilation takes minutes on a thread of a CPU."""
+    keys = settings("mini-sdxl", "robot_toy", real_photos("robot_toy"), 100)
+    run_and_resume(make_config, tmp_path, keys, 100, engines=("compile",))
 
 
 @pytest.mark.gpu
