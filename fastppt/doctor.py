@@ -242,7 +242,7 @@ def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[
     from fastppt.outputs.folder import RunFolder
     from fastppt.training.engine import resolve_engine
     from fastppt.training.memory import ASSUMED_PHOTOS, plan_memory
-    from fastppt.training.metric_names import metric_names
+    from fastppt.training.stage import noted_names
 
     engine = resolve_engine(config.engine, device)
     try:
@@ -276,7 +276,7 @@ def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[
     text = f"{'it fits' if fits else 'it does not fit'}: {text}{size_in_words(free)} free {place}"
     found.append(Finding("ok" if fits else "problem", "run", text))
     resolution = resolve_resolution(config.photos.resolution, family)
-    needed = plan_disk(config, plan.trainables, resolution, metric_names(config.stage))
+    needed = plan_disk(config, plan.trainables, resolution, noted_names(config, family))
     config = config.model_copy(update={"output": config.output or Path.cwd() / "out"})
     assert config.output is not None
     folder = RunFolder(config.output)

@@ -21,6 +21,8 @@ VALUES, BYTES_A_VALUE = 3, 4
 HEADER_A_TENSOR, METADATA = 200, 10_000
 # Bytes of a number in metrics.jsonl beside its name, and of an event of TensorBoard beside its tag.
 BYTES_A_NUMBER, BYTES_AN_EVENT = 26, 60
+# Bytes of all plots together; of six they were 0.4 MB.
+PLOTS = 2_000_000
 # Bytes of configuration, model card, manifests and the like.
 SMALL_FILES = 200_000
 
@@ -76,6 +78,8 @@ def plan_disk(
         parts[_counted(num_grids, "sample grid")] = num_grids * 3 * width * height
     if config.tensorboard:
         parts["TensorBoard"] = steps * sum(len(name) + BYTES_AN_EVENT for name in columns)
+    if config.plots:
+        parts["plots"] = PLOTS
     return DiskPlan(parts)
 
 

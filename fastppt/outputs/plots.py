@@ -39,6 +39,7 @@ LOSS_TERMS = (
     *("loss", "denoising", "anchor", "feature_mean", "feature_std"),
     "attention_alignment",
 )
+SINGLE_NUMBERS = (*LOSS_TERMS, "prediction_difference", "grad_norm", "learning_rate")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -294,9 +295,13 @@ def _number(value: Any) -> float:
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row: dict[str, Any] = json.loads(line)
         row["step"] = int(row["step"])
-    except (ValueError, TypeError, KeyError) as error:
+        layers = [] if row.get("layers") is None else [*row["layers"].values()]
+        lists = [row.get("gamma_bins") or [], *(table.values() for table in layers)]
+        numbers = [row.get(name) for name in SINGLE_NUMBERS]
+        for value in (*numbers, *(value for values in lists for value in values)):
+            _number(value)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: line {number} is not a step of a run ({error!r})") from None
-    result: dict[str, Any] = row
-    return result
+    return row

@@ -42,10 +42,9 @@ from fastppt.training.identity import (
     identify,
 )
 from fastppt.training.interrupt import NOT_YET_RESUMED, NOTHING_TRAINED, Interruption, signal_name
-from fastppt.training.metric_names import metric_names
 from fastppt.training.resume import Resumption, find_run, plan_resume
 from fastppt.training.run import RunResult, TrainingRun
-from fastppt.training.stage import layers_to_align
+from fastppt.training.stage import noted_names
 
 
 def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunResult:
@@ -212,10 +211,8 @@ def _load(
     if start is not None:
         check_weights(start.manifest.identity, weights)
     trainables = build_trainables(config if start is None else without_init(config), family)
-    for index, stage in enumerate(config.stage):
-        layers_to_align(family, stage.objectives, f"stage.{index}.objectives")
+    columns = noted_names(config, family)
     assert config.photos.resolution is not None
-    columns = metric_names(config.stage)
     check_disk(plan_disk(config, trainables, config.photos.resolution, columns), folder, config)
     if config.gradient_checkpointing:
         family.checkpoint_blocks()

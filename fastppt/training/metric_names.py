@@ -49,6 +49,13 @@ def layer_loss_names(layers: Iterable[str], attentions: Iterable[str]) -> tuple[
     return tuple(f"{term}/{path}" for term in LAYER_TERMS for path in paths[term])
 
 
+def bin_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
+    """Return the names of the indicator's values by timestep bin; none where it is not asked."""
+    denoising = objectives.denoising
+    num_bins = denoising.bins if objectives.adaptive and denoising is not None else 0
+    return tuple(f"gamma/bin_{number}" for number in range(num_bins))
+
+
 def metric_names(stages: Sequence[StageConfig]) -> tuple[str, ...]:
     """Return the columns of the metric ring of a run with these stages."""
     names = [name for stage in stages for name in loss_names(stage.objectives)]

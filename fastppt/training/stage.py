@@ -17,7 +17,7 @@ from fastppt.objectives.denoising import Indicator
 from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.loss_scale import LossScale
-from fastppt.training.metric_names import layer_loss_names, loss_names
+from fastppt.training.metric_names import bin_names, layer_loss_names, loss_names, metric_names
 from fastppt.training.ring import MetricRing
 from fastppt.training.step import Step
 from fastppt_kernels import AnchoredAdamW
@@ -59,8 +59,7 @@ def build_steps(
     losses = like.new_zeros(len(loss_names(objectives)))
     layer_names = layer_loss_names(layers, attentions)
     layer_losses = like.new_zeros(len(layer_names)) if layer_names else None
-    num_bins = 0 if indicator is None else len(indicator.base_ema)
-    details = (*layer_names, *(f"gamma/bin_{number}" for number in range(num_bins)))
+    details = (*layer_names, *bin_names(objectives))
     num_samples = stage.batch_size * stage.gradient_accumulation
     ring.lay_out(details, num_samples)
     samples = torch.zeros_like(ring.samples[0])
@@ -87,6 +86,23 @@ def build_steps(
         )
         for bucket in buckets
     ]
+
+
+def noted_names(config: RunConfig, family: Family) -> list[str]:
+    """Return all that the steps of a run note, those of layers and bins included.
+
+    Args:
+        config: The run's.
+        family: After `Family.make_adaptable`.
+
+    Raises:
+        UserError: a pattern of layers matches nothing.
+    """
+    names = [*metric_names(config.stage)]
+    for index, stage in enumerate(config.stage):
+        aligned = layers_to_align(family, stage.objectives, f"stage.{index}.objectives")
+        names += [*layer_loss_names(*aligned), *bin_names(stage.objectives)]
+    return names
 
 
 def learning_rates(stage: StageConfig) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,3 +88,25 @@ def test_what_a_run_that_is_written_over_takes_counts_as_free(
     folder.checkpoints.mkdir(parents=True)
     (folder.checkpoints / "x").write_bytes(bytes(500))
     check_disk(DiskPlan({"all": 1000}), folder, config)
+
+
+def test_what_layers_and_bins_note_is_planned_and_so_are_plots(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns: list[str] = []
+    plans: list[DiskPlan] = []
+
+    def plan(*given: object) -> DiskPlan:
+        columns.extend(given[-1])
+        plans.append(disk.plan_disk(*given))
+        return plans[-1]
+
+    monkeypatch.setattr(loop, "plan_disk", plan)
+    config = make_config("apt", stage__0__steps=1, photos__views=1)
+    result = loop.train(config, Console(quiet=True))
+    (line,) = result.folder.metrics.read_text().splitlines()
+    row = json.loads(line)
+    noted = {f"{term}/{layer}" for term, table in row["layers"].items() for layer in table}
+    noted |= {f"gamma/bin_{number}" for number in range(len(row["gamma_bins"]))}
+    assert len(noted) > 10 and noted <= set(columns)
+    assert 0 < size(result.folder.plots) <= plans[0].parts["plots"]

@@ -148,6 +148,9 @@ def test_two_stages_with_layers_of_their_own_are_both_shown() -> None:
         ('{"step": 1}\n{"step": ', "line 2 is not a step of a run"),
         ("[1]\n", "line 1 is not a step of a run"),
         ('{"loss": 1}\n', "line 1 is not a step of a run"),
+        ('{"step": 1, "loss": "high"}\n', "line 1 is not a step of a run"),
+        ('{"step": 1, "gamma_bins": [[]]}\n', "line 1 is not a step of a run"),
+        ('{"step": 1, "layers": {"feature_mean": 3}}\n', "line 1 is not a step of a run"),
     ],
 )
 def test_damaged_metrics_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
