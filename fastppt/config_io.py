@@ -296,14 +296,23 @@ def _explain(details: ErrorDetails) -> str:
             return f"{key}: {message}, got {given}"
 
 
+class _Shown(reprlib.Repr):
+    """Writes values as Python does, cut where they are long or deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = SHOWN
+
+    def repr_int(self, number: int, level: int) -> str:
+        """Write a whole number; Python itself writes none of thousands of digits in decimals."""
+        if abs(number) < 10**SHOWN:
+            return repr(number)
+        return f"{'-' * (number < 0)}{hex(abs(number))[:SHOWN]}..."
+
+
 def _shown(value: object) -> str:
     """Return a value as Python writes it, cut where it is long or deep."""
-    if isinstance(value, int) and abs(value) >= 10**SHOWN:
-        # Python writes no number of thousands of digits in decimals.
-        return f"{'-' * (value < 0)}{hex(abs(value))[:SHOWN]}..."
-    writer = reprlib.Repr()
-    writer.maxstring = writer.maxother = SHOWN
-    return writer.repr(value)
+    return _Shown().repr(value)
 
 
 def _key(details: ErrorDetails) -> str:

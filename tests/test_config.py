@@ -264,6 +264,8 @@ def test_a_run_without_a_recipe_fits_every_family(tmp_path: Path) -> None:
         ("seed=0x" + "f" * 9000, r"seed must be < .*, got 0xfff.*\.\.\.$"),
         ("photos.resolution=0x" + "f" * 9000, r"photos.resolution: must be below 2\^63"),
         ("seed=" + "9" * 5000, "seed must be a whole number, got '999"),
+        ("seed=[0x" + "f" * 9000 + "]", r"seed must be a whole number, got \[0xfff.*\.\.\.\]$"),
+        ("sead={a=-1, b=0x" + "f" * 9000 + "}", "unknown key sead"),
         ("seed=1\nengine='auto'", "seed must be a whole number"),
         ("model.path=a\0b", "NUL"),
         (".".join(["model"] + ["path"] * 900) + "=1", "model.path must be text in quotes"),

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastppt.training import interrupt
 from fastppt.training.checkpoint import read_checkpoint
@@ -89,7 +91,22 @@ def assert_same_run(output: Path, reference: Path) -> None:
         elif name not in ("config.toml", "README.md"):
             # Not as an assertion that shows the difference of megabytes.
             same = DATES.sub(b"", found) == DATES.sub(b"", wanted)
-            assert same, name
+            assert same, f"{name}: {differences(output / name, reference / name)}"
+
+
+def differences(found: Path, wanted: Path) -> str:
+    """Say in few words how two files that should be the same differ."""
+    if found.suffix == ".safetensors":
+        tensors, expected = load_file(found), load_file(wanted)
+        different = [
+            key
+            for key in tensors.keys() & expected.keys()
+            if not torch.equal(tensors[key], expected[key])
+        ]
+        return f"keys {sorted(tensors.keys() ^ expected.keys())}, tensors {sorted(different)}"
+    lines = found.read_bytes().splitlines(), wanted.read_bytes().splitlines()
+    changed = [pair for pair in zip(*lines, strict=False) if pair[0] != pair[1]]
+    return f"{len(lines[0])} and {len(lines[1])} lines, the first other one {changed[:1]}"
 
 
 def assert_checkpoints_are_whole(output: Path) -> None:
