@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastppt.config import RunConfig, StageConfig
+from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_of_draw
 from fastppt.data.prompts import subject_prompt
 from fastppt.data.refresh import ViewRefresh
@@ -22,6 +22,7 @@ from fastppt.outputs.folder import RunFolder
 from fastppt.outputs.lora_files import write_diffusers_files
 from fastppt.outputs.metrics import Curves, MetricsFile
 from fastppt.outputs.samples import draw_samples, write_grid
+from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.checkpoint import (
     Checkpoint,
@@ -188,6 +189,8 @@ class TrainingRun:
                 if index != self.stage:
                     self.build_steps(index)
                 self.run_stage(index, self.config.stage[index])
+        # Those that a kill has left beside the last one.
+        prune_checkpoints(folder, self.config.keep_checkpoints)
         self.metrics.write()
         self.result.num_bad_steps = self.guard.num_bad
         if self.curves is not None:

@@ -434,6 +434,16 @@ def test_a_signal_before_a_run_goes_on_leaves_it_as_it_was(
     assert snapshot(stopped) == before
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_the_deletion_of_others_keeps_as_many_as_asked(
+    finished: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(finished, tmp_path / "copy")
+    (root / "README.md").unlink()
+    resume(root, keep_checkpoints=2)
+    kept = sorted(path.name for path in (root / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000006"]
+
+
 def test_a_finished_run_without_checkpoints_says_what_to_do_instead(
     finished: Path, tmp_path: Path
 ) -> None:
