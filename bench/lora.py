@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from bench.shapes import Shape
 from bench.suites import COMPILE, Errors, Suite
 from bench.ways import Way
-from fastppt.config import LoraConfig
 from fastppt.families.attention import Projections
 from fastppt.trainables.joint_lora import JointLora
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 from fastppt_kernels.testing import worst_error
 
 OURS, PEFT = "joint LoRA", "peft"

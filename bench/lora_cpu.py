@@ -31,10 +31,11 @@ from bench.rows import (
 from bench.step_costs import count_launches
 from bench.suites import list_workload
 from bench.ways import Call
-from fastppt.config import LoraConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.families.loading import load_family
 from fastppt.mini.sdxl import TEXT_WIDTH_2
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 from fastppt_kernels.testing import worst_error
 
 MINI, NETWORK_RANK = "mini-sdxl", 4

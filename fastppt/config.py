@@ -1,57 +1,23 @@
 """Every setting of a run, with its default and the sentence that explains it.
 
-This is the only home of defaults. Recipes (``recipes/*.toml``), a user's TOML file and the command
-line's flags are laid over them in that order; ``config_io`` does the laying.
+This and ``stage_config`` are the only home of defaults. Recipes (``recipes/*.toml``), a user's TOML
+file and the command line's flags are laid over them in that order; ``config_io`` does the laying.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-T = TypeVar("T", Path, str)
-
-
-def _check_path(path: T) -> T:
-    if "\0" in str(path):
-        raise ValueError("must not hold the character NUL, which no file name can")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{str(path)!r} is not text in UTF-8; rename it") from None
-    return path
-
-
-# Text in a TOML file; the one type that is converted.
-FilePath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
-# A path, or a name at the hub.
-Place = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Engine = Literal["auto", "eager", "compile", "graph", "graph+compile"]
-CompileScope = Literal["blocks", "network"]
-AnchorForm = Literal["raw", "effective", "decoupled"]
-
-
-class Section(BaseModel):
-    """One table of the TOML file. Unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
-
-    @field_validator("*", check_fields=False)
-    @classmethod
-    def _check_size(cls, value: object) -> object:
-        # Nor could a TOML file take back a number of thousands of digits.
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("must be below 2^63")
-        return value
+from fastppt.config_types import CompileScope, Engine, FilePath, Place, Section, Seed
+from fastppt.stage_config import StageConfig
+from fastppt.trainables_config import (
+    NETWORK_TRAINABLES,
+    LoraConfig,
+    TrainableConfig,
+    TrainablesConfig,
+)
 
 
 class ModelConfig(Section):
@@ -124,7 +90,7 @@ class PromptsConfig(Section):
     """Prompt of a photo without a caption of its own."""
     class_prompt: Annotated[str, Field(pattern=r"\{class_noun\}")] = "a photo of a {class_noun}"
     """Prompt of the plain class, as the base model knows it."""
-    contexts: Annotated[list[str], Field(min_length=1)] = [
+    contexts: Annotated[list[str], Field(min_length=1)] = [  # noqa: RUF012
         "a photo of {subject} on the beach",
         "a photo of {subject} in the snow",
         "a photo of {subject} in the jungle",
@@ -143,210 +109,6 @@ class SamplesConfig(Section):
     """Classifier-free guidance scale; up to 1 there is none."""
     seed: Seed = 0
     """Seed of the pictures; the same in every grid of the run."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on attention projections (Hu et al., arXiv 2106.09685): W + alpha/rank
-    * B A.
-    """
-
-    rank: Annotated[int, Field(ge=1)] = 32
-    """Inner dimension of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
-    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
-    """Learning rate of the adapters."""
-    targets: list[str] | Literal["up"] | None = None
-    """Patterns of the attention projections that get an adapter, such as `*.to_q`; * matches any
-    text, dots included. "up" takes those of the second half of the network (a UNet's up blocks),
-    where the backward pass can stop early. Unset takes them all."""
-    init: FilePath | None = None
-    """LoRA file, or folder of a finished run, to start from; unset starts from zero."""
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _check_targets(cls, targets: object) -> object:
-        is_list = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
-        if targets is None or targets == "up" or (is_list and targets):
-            return targets
-        raise ValueError(f'must be "up" or a list of patterns, got {targets!r}')
-
-
-class TextEncoderLoraConfig(Section):
-    """Low-rank adapters on the attention projections of the CLIP text encoders."""
-
-    rank: Annotated[int, Field(ge=1)] = 32
-    """Inner dimension of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength: the product B A is scaled by alpha / rank; unset means alpha = rank."""
-    learning_rate: Annotated[float, Field(ge=0)] = 5e-6
-    """Learning rate of these adapters."""
-
-
-class TokensConfig(Section):
-    """Embeddings of a new word, learned in every CLIP text encoder (Textual Inversion, arXiv
-    2208.01618).
-    """
-
-    vectors: Annotated[int, Field(ge=1)] = 1
-    """Embeddings that the word is made of."""
-    init: Annotated[str, Field(min_length=1)] | None = None
-    """Words whose embeddings the new ones start from, one by one where they are as many tokens as
-    vectors, else all from their mean; unset takes the class noun."""
-    learning_rate: Annotated[float, Field(ge=0)] = 5e-4
-    """Learning rate of the embeddings."""
-    keep_norm: bool = False
-    """Scale each embedding back to the length of what `init` gives, after every step."""
-
-
-class TrainablesConfig(Section):
-    """What moves in a stage."""
-
-    lora: LoraConfig | None = None
-    text_encoder_lora: TextEncoderLoraConfig | None = None
-    tokens: TokensConfig | None = None
-
-    @property
-    def move_text(self) -> bool:
-        """Say whether what a prompt is encoded to changes during training."""
-        return self.text_encoder_lora is not None or self.tokens is not None
-
-
-class DenoisingConfig(Section):
-    """The diffusion model's own loss: squared error of its prediction, averaged."""
-
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of the term in the loss."""
-    weighting: Literal["uniform", "adaptive"] = "uniform"
-    """Weight of a sample: uniform (1), or adaptive (1 - gamma of its timestep bin, the overfitting
-    indicator of Adaptive Personalized Training, arXiv 2507.02687, equations 1 to 3; it also drives
-    the choice of augmented views, and needs a base pass)."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    """How sharply the indicator answers when the tuned loss falls below the base's; unset takes
-    the family's."""
-    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Part of a new loss in the indicator's moving averages."""
-    bins: Annotated[int, Field(ge=1)] = 10
-    """Equal parts of the timestep range, each with an indicator of its own."""
-    max_augmentation: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Largest probability of an augmented view; 0 never augments."""
-
-
-class FeatureAlignmentConfig(Section):
-    """Mean and standard deviation of the features held to the base's (Adaptive Personalized
-    Training, arXiv 2507.02687, equations 4 and 5).
-    """
-
-    weight: Annotated[float, Field(ge=0)] = 30.0
-    """Factor of either term in the loss."""
-    layers: Annotated[list[str], Field(min_length=1)] | None = None
-    """Patterns of the modules whose outputs are held; unset takes the family's."""
-
-
-class AttentionAlignmentConfig(Section):
-    """Attention maps of the text held to the base's (Adaptive Personalized Training, arXiv
-    2507.02687, equation 6).
-    """
-
-    weight: Annotated[float, Field(ge=0)] = 3e-4
-    """Factor of the term in the loss."""
-    layers: Annotated[list[str], Field(min_length=1)] | None = None
-    """Patterns of the attention modules whose maps are held; unset takes the family's."""
-
-
-class AnchorConfig(Section):
-    """The L2 pull back to where the parameters were (Preserve and Personalize, arXiv
-    2505.19519).
-    """
-
-    weight: Annotated[float, Field(ge=0)] = 1e-3
-    """Factor of the sum of squared distances to the anchor. Not calibrated for full-size models."""
-    form: AnchorForm = "effective"
-    """What is held: raw (the trained tensors), effective (the weights that the network sees),
-    decoupled (like weight decay)."""
-    to: Literal["start", "zero"] = "start"
-    """Where it is held: start (the values when the stage begins) or zero (an adapter that does
-    nothing)."""
-
-
-class ObjectivesConfig(Section):
-    """What pulls, and what holds, in a stage."""
-
-    denoising: DenoisingConfig | None = None
-    anchor: AnchorConfig | None = None
-    feature_alignment: FeatureAlignmentConfig | None = None
-    attention_alignment: AttentionAlignmentConfig | None = None
-
-    @property
-    def adaptive(self) -> bool:
-        """Say whether the overfitting indicator weighs the samples."""
-        return self.denoising is not None and self.denoising.weighting == "adaptive"
-
-    @property
-    def need_base(self) -> bool:
-        """Say whether a step compares with the base network."""
-        aligned = self.feature_alignment is not None or self.attention_alignment is not None
-        return self.adaptive or aligned
-
-    @property
-    def augment(self) -> bool:
-        """Say whether a step may draw augmented views."""
-        return self.adaptive and self.denoising is not None and self.denoising.max_augmentation > 0
-
-
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the mean of the squared gradient."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled pull to zero, in units of the learning rate."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Longest gradient that a step takes, the anchor's part included; longer ones are scaled
-    down, 0 never does."""
-
-
-class StageConfig(Section):
-    """Some trainables, some objectives, a number of steps."""
-
-    steps: Annotated[int, Field(ge=1)] = 500
-    """Optimizer steps of the stage."""
-    batch_size: Annotated[int, Field(ge=1)] = 1
-    """Photos that one forward pass sees."""
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Forward and backward passes of one optimizer step; their gradients are averaged."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to zero at the end of
-    the stage."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from zero."""
-    base_every: Annotated[int, Field(ge=1)] = 1
-    """Steps from one base pass to the next, where an objective compares with the base; the steps
-    between go without the alignments, and weigh by the indicator as it was."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    trainables: TrainablesConfig = TrainablesConfig()
-    objectives: ObjectivesConfig = ObjectivesConfig()
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> StageConfig:
-        if self.trainables.lora is None:
-            raise ValueError("needs something to train: add a table such as trainables.lora")
-        if self.objectives.denoising is None:
-            raise ValueError("needs an objective that teaches: add the table objectives.denoising")
-        if self.base_every > 1 and not self.objectives.need_base:
-            raise ValueError(
-                f"base_every is {self.base_every}, and no objective compares with the base: "
-                "leave it out"
-            )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps must be below steps ({self.steps}), got {self.warmup_steps}"
-            )
-        return self
 
 
 class RunConfig(Section):
@@ -409,8 +171,18 @@ class RunConfig(Section):
 
     @property
     def move_text(self) -> bool:
-        """Say whether what a prompt is encoded to changes during training."""
-        return self.stage[0].trainables.move_text
+        """Say whether what a prompt is encoded to changes in any stage."""
+        return any(stage.trainables.move_text for stage in self.stage)
+
+    @property
+    def trainables(self) -> dict[str, tuple[int, TrainableConfig]]:
+        """Each trainable of the run by name: its first stage, and its table there."""
+        found: dict[str, tuple[int, TrainableConfig]] = {}
+        for index, stage in enumerate(self.stage):
+            for name, table in stage.trainables.given.items():
+                found.setdefault(name, (index, table))
+        order = [name for name in TrainablesConfig.model_fields if name in found]
+        return {name: found[name] for name in order}
 
     @model_validator(mode="after")
     def _check_scope(self) -> RunConfig:
@@ -432,38 +204,36 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:
-        first = self.stage[0].trainables.lora
-        for index, stage in enumerate(self.stage[1:], start=1):
-            for kind, keys in (
-                ("text_encoder_lora", ("rank", "alpha")),
-                ("tokens", ("vectors", "init")),
-            ):
-                one = getattr(stage.trainables, kind)
-                at_first = getattr(self.stage[0].trainables, kind)
-                if (one is None) != (at_first is None):
-                    raise ValueError(
-                        f"stage.{index}.trainables.{kind}: must be there in all stages or in none"
-                    )
-                for key in keys if one is not None else ():
-                    if getattr(one, key) != getattr(at_first, key):
-                        raise ValueError(
-                            f"stage.{index}.trainables.{kind}.{key} must be that of stage 0 "
-                            f"({getattr(at_first, key)}): a later stage goes on with the same ones"
-                        )
-            lora = stage.trainables.lora
-            if first is None or lora is None:
-                continue
-            for key in ("rank", "alpha", "targets"):
-                if getattr(lora, key) != getattr(first, key):
-                    raise ValueError(
-                        f"stage.{index}.trainables.lora.{key} must be that of stage 0 "
-                        f"({getattr(first, key)}): a later stage goes on with the same adapters"
-                    )
-            if lora.init is not None:
-                raise ValueError(
-                    f"stage.{index}.trainables.lora.init: only stage 0 can start from a file"
-                )
+        moving = [name for name in self.trainables if name in NETWORK_TRAINABLES]
+        if len(moving) > 1:
+            raise ValueError(
+                f"{' and '.join(moving)} move the network in different stages, and a run has one "
+                "trainable of the network"
+            )
+        for index, stage in enumerate(self.stage):
+            for name, table in stage.trainables.given.items():
+                first, at_first = self.trainables[name]
+                if index > first:
+                    _check_same(f"stage.{index}.trainables.{name}", table, at_first, first)
         return self
+
+
+# Keys of trainables that may differ from stage to stage.
+BY_STAGE = ("learning_rate", "learning_rate_1d", "keep_norm")
+
+
+def _check_same(place: str, table: TrainableConfig, first: TrainableConfig, stage: int) -> None:
+    """Refuse a trainable that goes on in a later stage with another form."""
+    may_differ = (*BY_STAGE, "init") if isinstance(table, LoraConfig) else BY_STAGE
+    if isinstance(table, LoraConfig) and table.init is not None:
+        raise ValueError(f"{place}.init: only stage {stage}, its first, can start from a file")
+    for key in type(table).model_fields:
+        ours, theirs = getattr(table, key), getattr(first, key)
+        if key not in may_differ and ours != theirs:
+            raise ValueError(
+                f"{place}.{key} must be that of stage {stage} ({theirs}): a later stage goes on "
+                "with the same ones"
+            )
 
 
 class Recipe(Section):

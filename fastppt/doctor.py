@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fastppt import __version__
-from fastppt.config import Engine, ModelConfig, RunConfig
+from fastppt.config import ModelConfig, RunConfig
+from fastppt.config_types import Engine
 from fastppt.errors import UserError
 from fastppt.machine import (
     Finding,

@@ -46,6 +46,9 @@ class StableDiffusion3(PipelineFamily):
     lora_component = "transformer"
     prediction_type = "flow"
     feature_channel_dim = -1
+    # What comes nearest to the cross-attentions' of Custom Diffusion in joint attention (our choice):
+    # the text's keys and values, which the image looks at, with their biases.
+    text_weights: tuple[str, ...] = ("*.attn.add_k_proj.*", "*.attn.add_v_proj.*")
     # What Adaptive Personalized Training (arXiv 2507.02687) has for a UNet; our choice here.
     indicator_temperature = 1000.0
 
@@ -171,6 +174,9 @@ class StableDiffusion3(PipelineFamily):
         normals = torch.randn(batch_size, generator=generator, device=self.device)
         # A float32 sigmoid can round up to 1.
         return (normals.sigmoid() * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
+    def signal_to_noise(self) -> None:
+        """Return None: what is between picture and noise is a straight line, not DDPM's path."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return z_t = s e + (1 - s) z (arXiv 2403.03206, eq. 13), s the shifted sigma."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastppt.config import AnchorConfig
+from fastppt.stage_config import AnchorConfig
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.lora import LoraAdapters
-from fastppt.trainables.trainables import LORA, TEXT_ENCODER_LORA, TOKENS, Trainables
+from fastppt.trainables.trainables import Trainables, part_name
 
 
 def anchored_groups(
@@ -23,20 +23,25 @@ def anchored_groups(
 ) -> list[dict[str, Any]]:
     """Return the `AnchoredAdamW` parameter groups that train all that moves, and hold it.
 
-    Embeddings of a new word are held as they are, and where they started: they have no effective
-    form, and nothing is there at zero (our choice).
+    What is no LoRA has no effective form and is held as it is, where it started: the network's own
+    weights are what the network sees, and of others nothing is there at zero (our choice).
 
     Args:
-        trainables: Each is a group of its own, in the order of `Trainables.arenas`.
-        learning_rates: 0-dim tensors on the device, by the name of the trainable.
+        trainables: Each arena is a group of its own, in the order of `Trainables.arenas`.
+        learning_rates: 0-dim tensors on the device, by the names of the arenas that are trained;
+            the others get no group.
         anchor: Weight, form and place of the anchor; None for no anchor.
     """
-    groups = [anchored_group(trainables.lora, learning_rates[LORA], anchor)]
-    if trainables.text_encoder_lora is not None:
-        rate = learning_rates[TEXT_ENCODER_LORA]
-        groups.append(anchored_group(trainables.text_encoder_lora, rate, anchor))
-    if trainables.tokens is not None:
-        groups.append(_anchored_rows(trainables.tokens.arena, learning_rates[TOKENS], anchor))
+    groups = []
+    for name, trainable in trainables.parts.items():
+        for part, arena in trainable.arenas.items():
+            rate = learning_rates.get(part_name(name, part))
+            if rate is None:
+                continue
+            if isinstance(trainable, LoraAdapters):
+                groups.append(anchored_group(trainable, rate, anchor))
+            else:
+                groups.append(_anchored_values(arena, rate, anchor))
     return groups
 
 
@@ -59,7 +64,7 @@ def anchored_group(
     return group
 
 
-def _anchored_rows(
+def _anchored_values(
     arena: ParameterArena, learning_rate: Tensor, anchor: AnchorConfig | None
 ) -> dict[str, Any]:
     group = _group(arena, learning_rate)

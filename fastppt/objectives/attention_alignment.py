@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastppt.config import AttentionAlignmentConfig
 from fastppt.families.attention import TextAttention
 from fastppt.families.base import Family
 from fastppt.objectives.layers import Outbox, collect, match_layers
+from fastppt.stage_config import AttentionAlignmentConfig
 from fastppt_kernels import (
     attention_alignment_loss,
     attention_map_sum,

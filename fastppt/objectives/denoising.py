@@ -1,9 +1,9 @@
 """The diffusion model's own loss (DDPM, arXiv 2006.11239, eq. 14; flow matching likewise).
 
-Weighted uniformly, or by how much the tuned network overfits (Adaptive Personalized Training,
-arXiv 2507.02687, eq. 1 to 3).
+Weighted uniformly, by the noise of the timestep (min-SNR, Hang et al., arXiv 2303.09556), or by how
+much the tuned network overfits (Adaptive Personalized Training, arXiv 2507.02687, eq. 1 to 3).
 
-Shape legend: B batch, C latent channels, h and w latent height and width.
+Shape legend: B batch, C latent channels, h and w latent height and width, T diffusion timesteps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppt.config import DenoisingConfig
 from fastppt.families.base import Family
+from fastppt.stage_config import DenoisingConfig
 from fastppt_kernels import adaptive_denoising_loss
 
 
@@ -31,6 +31,28 @@ def denoising_losses(prediction: Tensor, target: Tensor) -> Tensor:
         [B] in the target's dtype.
     """
     return (prediction.to(target.dtype) - target).square().mean(dim=(1, 2, 3))
+
+
+def min_snr_weights(signal_to_noise: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Return the weight of a sample's loss by its timestep, [T].
+
+    weight_t = min(snr_t, gamma) / snr_t          where noise is predicted
+    weight_t = min(snr_t, gamma) / (snr_t + 1)    where velocity is
+
+    Either weighs the error of the predicted image by min(snr_t, gamma). Where there is no signal at
+    all (snr_t = 0), noise weighs 1, the limit, and velocity 0.
+
+    Source: Min-SNR (arXiv 2303.09556), section 3.4, and its supplement for the velocity.
+
+    Args:
+        signal_to_noise: [T], abar_t / (1 - abar_t).
+        prediction_type: `epsilon` or `v_prediction`.
+        gamma: Ratio above which a timestep weighs less.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / signal_to_noise).clamp(max=1.0)
+    assert prediction_type == "v_prediction"
+    return signal_to_noise.clamp(max=gamma) / (signal_to_noise + 1)
 
 
 @dataclass(frozen=True)

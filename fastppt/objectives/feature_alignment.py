@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastppt.config import FeatureAlignmentConfig
 from fastppt.families.base import Family
 from fastppt.objectives.layers import Outbox, collect, match_layers
+from fastppt.stage_config import FeatureAlignmentConfig
 from fastppt_kernels import align_features, feature_statistics
 
 

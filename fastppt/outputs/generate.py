@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fastppt.config import LoraConfig, ModelConfig, RunConfig, SamplesConfig
+from fastppt.config import ModelConfig, RunConfig, SamplesConfig
 from fastppt.config_io import build_config
 from fastppt.data.prompts import quiet_truncation
 from fastppt.errors import UserError
@@ -26,6 +26,7 @@ from fastppt.outputs.samples import png_bytes
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import Trainables
+from fastppt.trainables_config import LoraConfig
 
 CONFIG_FILE = "config.toml"
 # Bytes of a prompt in a picture's name, to which a seed is added.
@@ -151,9 +152,10 @@ def install_lora(family: Family, weights: LoraWeights) -> Trainables:
     """
     lora = _install(family, family.make_adaptable(), weights.network, weights.file)
     if not weights.text:
-        return Trainables(lora)
+        return Trainables({"lora": lora})
     places = family.text.make_adaptable(family.unread_projections)
-    return Trainables(lora, _install(family, places, weights.text, weights.file))
+    text = _install(family, places, weights.text, weights.file)
+    return Trainables({"lora": lora, "text_encoder_lora": text})
 
 
 def _install(

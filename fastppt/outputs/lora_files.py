@@ -56,6 +56,7 @@ def write_lora_files(
     named_file = folder / f"{run_name(config)}{SUFFIX}"
     form: Form = "kohya" if has_kohya_form(family.name) else "diffusers"
     adapters = trainables.lora
+    assert adapters is not None
     # Other programs than diffusers take alpha for the rank in its form: there it is folded.
     alpha = adapters.alpha if form == "kohya" else float(adapters.rank)
     metadata = run_metadata(config, family, adapters.rank, alpha, run_name(config), photo_counts)
@@ -90,9 +91,11 @@ def files_of_run(config: RunConfig) -> list[str]:
 
 def lora_of_run(family: Family, trainables: Trainables, metadata: dict[str, str]) -> LoraFile:
     """Return a run's adapters as a file in memory, on the host: the network's, then the text's."""
+    adapters = trainables.lora
+    assert adapters is not None
     copies = {
-        (family.lora_component, pair.name): _on_host(pair, trainables.lora.alpha)
-        for pair in trainables.lora.pairs
+        (family.lora_component, pair.name): _on_host(pair, adapters.alpha)
+        for pair in adapters.pairs
     }
     if trainables.text_encoder_lora is not None:
         alpha = trainables.text_encoder_lora.alpha

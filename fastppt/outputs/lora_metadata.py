@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastppt.config import RunConfig, StageConfig
+from fastppt.config import RunConfig
 from fastppt.data.prompts import subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form, is_second_version
+from fastppt.stage_config import StageConfig
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # ModelSpec has words for these alone: a flow model says nothing.

@@ -81,6 +81,7 @@ In other programs, put the files into
 def _trained_rows(trainables: Trainables) -> str:
     """Return what was trained as rows of a table: adapters, and the learned word."""
     lora, text, tokens = trainables.lora, trainables.text_encoder_lora, trainables.tokens
+    assert lora is not None
     rows = {"rank, alpha": f"{lora.rank}, {lora.alpha:g}"}
     if text is not None:
         rows["rank, alpha of the text encoders"] = f"{text.rank}, {text.alpha:g}"

@@ -37,7 +37,7 @@ SMOOTHED_PART, MOST_SMOOTHED = 1 / 8, 50
 """Of the steps, how many the moving average has that is drawn over what is noisy."""
 LOSS_TERMS = (
     *("loss", "denoising", "anchor", "feature_mean", "feature_std"),
-    "attention_alignment",
+    *("attention_alignment", "direct_consistency", "prior_preservation"),
 )
 SINGLE_NUMBERS = (*LOSS_TERMS, "prediction_difference", "grad_norm", "learning_rate")
 

@@ -21,11 +21,15 @@ class ParameterArena:
     A network in a narrower dtype computes with a copy of the values, which is flat too: all of it
     is written at once, by the optimizer or by `refresh`, and no tensor is cast in any pass.
 
+    The tensors may stand beside a network, whose layers then write the gradients, or be the
+    network's own parameters, which `take_over` makes views of the working tensors.
+
     Args:
         shapes: Shape of each tensor.
         device: Where the buffers live.
-        dtype: Of values and gradients.
+        dtype: Of the values.
         working_dtype: That the network computes in; None for `dtype`. Another one costs a copy.
+        grad_dtype: Of the gradients; None for `dtype`.
 
     Attributes:
         flat: The parameter for the optimizer, [elements]; ``flat.grad`` is the flat gradient.
@@ -42,11 +46,13 @@ class ParameterArena:
         device: torch.device,
         dtype: torch.dtype,
         working_dtype: torch.dtype | None = None,
+        *,
+        grad_dtype: torch.dtype | None = None,
     ) -> None:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self.flat = nn.Parameter(torch.zeros(sum(padded), device=device, dtype=dtype))
-        self.flat.grad = torch.zeros_like(self.flat)
+        self._give_grad(self.flat, torch.zeros_like(self.flat, dtype=grad_dtype))
         same = working_dtype in (None, dtype)
         self.working_copy = None if same else self.flat.detach().to(working_dtype)
         computed_with = self.flat.detach() if self.working_copy is None else self.working_copy
@@ -56,16 +62,44 @@ class ParameterArena:
         for shape, size, room in zip(shapes, sizes, padded, strict=True):
             part = slice(start, start + size)
             tensor = nn.Parameter(self.flat.detach()[part].view(shape))
-            tensor.grad = self.flat.grad[part].view(shape)
+            self._give_grad(tensor, self.grad[part].view(shape))
             self.tensors.append(tensor)
             self.working.append(computed_with[part].view(shape))
             start += room
+        self._leaves: Sequence[nn.Parameter] = self.tensors
 
     @property
     def grad(self) -> Tensor:
         """The flat gradient, [elements]."""
         assert self.flat.grad is not None
         return self.flat.grad
+
+    def take_over(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the values of a network's parameters, and make them views of what is here.
+
+        Their memory is free then. Autograd adds to their gradients, views of the flat one, in
+        place.
+
+        Args:
+            parameters: One for each of the shapes, in the working dtype.
+        """
+        for parameter, tensor, working in zip(parameters, self.tensors, self.working, strict=True):
+            tensor.detach().copy_(parameter.detach())
+            working.copy_(parameter.detach())
+            parameter.data = working
+            assert tensor.grad is not None
+            self._give_grad(parameter, tensor.grad)
+        self._leaves = parameters
+
+    def require_grad(self, wanted: bool) -> None:
+        """Say whether passes compute gradients of the values."""
+        for parameter in (self.flat, *self._leaves):
+            parameter.requires_grad_(wanted)
+
+    @staticmethod
+    def _give_grad(parameter: nn.Parameter, grad: Tensor) -> None:
+        parameter.grad_dtype = grad.dtype
+        parameter.grad = grad
 
     def refresh(self) -> None:
         """Write the values into the working copy, if there is one."""

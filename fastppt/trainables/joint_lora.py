@@ -101,23 +101,29 @@ class JointLora:
         )
         return outputs, low_ranks
 
-    def add_gradients(self, grad: Tensor, rows: Tensor, low_ranks: Tensor) -> Tensor:
-        """Add dA and dB to the gradients of the adapters, and return dl [M, a*r].
+    def low_rank_gradients(self, grad: Tensor, low_ranks: Tensor) -> Tensor:
+        """Return dl [M, a*r] of g [M, n*O] and l [M, a*r]."""
+        low_rank_grads = torch.empty_like(low_ranks)
+        _blocks(low_rank_grads, self.num_adapted).baddbmm_(
+            self._adapted_blocks(grad), self._up, beta=0, alpha=self.scale
+        )
+        return low_rank_grads
+
+    def add_gradients(
+        self, grad: Tensor, rows: Tensor, low_ranks: Tensor, low_rank_grads: Tensor
+    ) -> None:
+        """Add dA and dB to the gradients of the adapters.
 
         Args:
             grad: g [M, n*O].
             rows: x [M, I].
             low_ranks: l [M, a*r].
+            low_rank_grads: dl [M, a*r].
         """
         grad_blocks = self._adapted_blocks(grad)
-        low_rank_grads = torch.empty_like(low_ranks)
-        _blocks(low_rank_grads, self.num_adapted).baddbmm_(
-            grad_blocks, self._up, beta=0, alpha=self.scale
-        )
         low_rank_blocks = _blocks(low_ranks, self.num_adapted)
         add_product_(self._up_grad, grad_blocks.mT, low_rank_blocks, self.scale)
         add_product_(self._down_grad, low_rank_grads.t()[None], rows[None], 1.0)
-        return low_rank_grads
 
     def add_row_gradients_(self, row_grads: Tensor, low_rank_grads: Tensor) -> Tensor:
         """Add dl A to [M, I] gradients in place, and return these."""
@@ -154,7 +160,9 @@ class _Project(torch.autograd.Function):
         rows, low_ranks = ctx.saved_tensors
         lora: JointLora = ctx.lora
         grad = (grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)).flatten(0, -2)
-        low_rank_grads = lora.add_gradients(grad, rows, low_ranks)
+        low_rank_grads = lora.low_rank_gradients(grad, low_ranks)
+        if ctx.needs_input_grad[1]:
+            lora.add_gradients(grad, rows, low_ranks, low_rank_grads)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         row_grads = lora.add_row_gradients_(grad.mm(ctx.weight), low_rank_grads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import compress
@@ -11,11 +12,11 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from fastppt.config import LoraConfig
 from fastppt.errors import UserError
 from fastppt.families.attention import AdapterSwitch, Projections
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.joint_lora import JointLora
+from fastppt.trainables_config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,24 @@ class LoraAdapters:
         none where there is no copy.
         """
         self.arena.refresh()
+
+    @property
+    def arenas(self) -> dict[str, ParameterArena]:
+        """The one arena."""
+        return {"": self.arena}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All trained values, views of the arena, by projection and side."""
+        return {
+            f"{pair.name}.{side}": tensor
+            for pair in self.pairs
+            for side, tensor in (("lora_down", pair.down), ("lora_up", pair.up))
+        }
+
+    def base(self) -> AbstractContextManager[None]:
+        """Run the passes inside without the adapters: by a flag, so at no cost."""
+        return self.switch.base()
 
     @property
     def num_parameters(self) -> int:

@@ -6,6 +6,7 @@ Shape legend: B batch, K text tokens, D text width, n vectors of the word.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,6 +79,20 @@ class LearnedTokens:
                 for name, tensor, working in parts
             },
         )
+
+    @property
+    def arenas(self) -> dict[str, ParameterArena]:
+        """The one arena."""
+        return {"": self.arena}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All trained values, views of the arena, by component and word."""
+        return {f"{component}.{self.word}": rows for component, rows in self.rows.items()}
+
+    def base(self) -> AbstractContextManager[None]:
+        """Do nothing: the base is never asked with the new word."""
+        return nullcontext()
 
     @property
     def num_parameters(self) -> int:
@@ -164,6 +179,8 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         """Add to the gradient of the rows; the table has none."""
+        if not ctx.needs_input_grad[2]:
+            return None, None, None, None
         (places,) = ctx.saved_tensors
         rows: _LearnedRows = ctx.rows
         stands = (places.flatten() == rows.numbers[:, None]).to(grad.dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fastppt.families.attention import AdapterSwitch
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.lora import LoraAdapters, LoraPair
 from fastppt.trainables.tokens import LearnedTokens
+from fastppt.trainables.trainable import Trainable
+from fastppt.trainables_config import NETWORK_TRAINABLES
 
 LORA, TEXT_ENCODER_LORA, TOKENS = "lora", "text_encoder_lora", "tokens"
 
@@ -19,36 +22,47 @@ class Trainables:
     """What moves in any stage of a run; made once, before the first.
 
     Attributes:
-        lora: Adapters of the network.
-        text_encoder_lora: Adapters of the text encoders; None where they stay as they are.
-        tokens: Embeddings of a new word; None where there is none.
+        parts: By name, as in the configuration and in its order.
     """
 
-    lora: LoraAdapters
-    text_encoder_lora: LoraAdapters | None = None
-    tokens: LearnedTokens | None = None
+    parts: Mapping[str, Trainable] = field(default_factory=dict)
 
     @property
-    def switch(self) -> AdapterSwitch:
-        """Turns the network's adapters off for a base pass."""
-        return self.lora.switch
+    def lora(self) -> LoraAdapters | None:
+        """Adapters of the network; None where there are none."""
+        part = self.parts.get(LORA)
+        assert part is None or isinstance(part, LoraAdapters)
+        return part
+
+    @property
+    def text_encoder_lora(self) -> LoraAdapters | None:
+        """Adapters of the text encoders; None where they stay as they are."""
+        part = self.parts.get(TEXT_ENCODER_LORA)
+        assert part is None or isinstance(part, LoraAdapters)
+        return part
+
+    @property
+    def tokens(self) -> LearnedTokens | None:
+        """Embeddings of a new word; None where there is none."""
+        part = self.parts.get(TOKENS)
+        assert part is None or isinstance(part, LearnedTokens)
+        return part
+
+    @property
+    def network(self) -> Trainable | None:
+        """What moves in the network; None where nothing does."""
+        return next((self.parts[name] for name in NETWORK_TRAINABLES if name in self.parts), None)
 
     @property
     def pairs(self) -> list[LoraPair]:
         """The adapters of the network, then those of the text encoders."""
-        text = self.text_encoder_lora
-        return [*self.lora.pairs, *([] if text is None else text.pairs)]
+        both = (self.lora, self.text_encoder_lora)
+        return [pair for adapters in both if adapters is not None for pair in adapters.pairs]
 
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All trained values, views of the arenas: by trainable, then by their place in a model."""
-        tensors = {LORA: _by_place(self.lora)}
-        if self.text_encoder_lora is not None:
-            tensors[TEXT_ENCODER_LORA] = _by_place(self.text_encoder_lora)
-        if self.tokens is not None:
-            word, rows = self.tokens.word, self.tokens.rows
-            tensors[TOKENS] = {f"{component}.{word}": row for component, row in rows.items()}
-        return tensors
+        return {name: part.tensors for name, part in self.parts.items()}
 
     @property
     def num_parameters(self) -> int:
@@ -57,18 +71,28 @@ class Trainables:
 
     @property
     def arenas(self) -> dict[str, ParameterArena]:
-        """The flat buffers by the name of the trainable, as in the configuration."""
-        arenas = {LORA: self.lora.arena}
-        if self.text_encoder_lora is not None:
-            arenas[TEXT_ENCODER_LORA] = self.text_encoder_lora.arena
-        if self.tokens is not None:
-            arenas[TOKENS] = self.tokens.arena
-        return arenas
+        """The flat buffers by `part_name`."""
+        return {
+            part_name(name, part): arena
+            for name, trainable in self.parts.items()
+            for part, arena in trainable.arenas.items()
+        }
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Run the network's passes inside as the base network."""
+        with ExitStack() as stack:
+            if self.network is not None:
+                stack.enter_context(self.network.base())
+            yield
+
+    def train(self, names: Collection[str]) -> None:
+        """From now on compute gradients of these trainables, and of no others."""
+        for name, trainable in self.parts.items():
+            for arena in trainable.arenas.values():
+                arena.require_grad(name in names)
 
 
-def _by_place(adapters: LoraAdapters) -> dict[str, Tensor]:
-    return {
-        f"{pair.name}.{side}": tensor
-        for pair in adapters.pairs
-        for side, tensor in (("lora_down", pair.down), ("lora_up", pair.up))
-    }
+def part_name(name: str, part: str) -> str:
+    """Return what a part of a trainable is called: `svdiff`, or `svdiff_1d` of its part `1d`."""
+    return f"{name}_{part}" if part else name

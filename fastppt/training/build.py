@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastppt.config import LoraConfig, RunConfig
+from fastppt.config import RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.outputs.embeddings import read_embedding
@@ -17,7 +17,9 @@ from fastppt.outputs.lora_files import LoraWeights, read_lora_file
 from fastppt.outputs.lora_metadata import learned_word
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
-from fastppt.trainables.trainables import Trainables
+from fastppt.trainables.trainable import Trainable
+from fastppt.trainables.trainables import LORA, TEXT_ENCODER_LORA, Trainables
+from fastppt.trainables_config import LoraConfig, TextEncoderLoraConfig, TokensConfig
 from fastppt.training.seeds import ADAPTER_STREAM, TEXT_ADAPTER_STREAM, split_seed
 
 logger = logging.getLogger(__name__)
@@ -36,33 +38,52 @@ def build_trainables(
     Raises:
         UserError: a target matches nothing, a LoRA file does not fit, or the new word is none.
     """
-    trainables = config.stage[0].trainables
-    lora = trainables.lora
-    assert lora is not None
-    text = trainables.text_encoder_lora is not None
-    weights = read_lora_file(lora.init, family, text=text) if lora.init is not None else None
-    if weights is not None and weights.word not in (None, learned_word(config)):
+    weights = _read_init(config, family)
+    parts: dict[str, Trainable] = {}
+    for name, (index, table) in config.trainables.items():
+        key = f"stage.{index}.trainables.{name}"
+        match table:
+            case LoraConfig():
+                parts[name] = _build_lora(config, table, family, weights, dtype, key)
+            case TextEncoderLoraConfig():
+                parts[name] = _build_text_lora(config, table, family, weights, dtype, key)
+            case TokensConfig():
+                parts[name] = _build_tokens(config, table, family, weights, dtype)
+            case _:
+                raise NotImplementedError(name)
+    if LORA not in parts:
+        # Attention looks at text, for the alignments, and runs by the model's backend all the same.
+        family.make_adaptable()
+    return Trainables(parts)
+
+
+def without_init(config: RunConfig) -> RunConfig:
+    """Return the configuration of adapters that start from no file: their values come later."""
+    stages = []
+    for stage in config.stage:
+        lora = stage.trainables.lora
+        if lora is not None:
+            lora = lora.model_copy(update={"init": None})
+        trainables = stage.trainables.model_copy(update={"lora": lora})
+        stages.append(stage.model_copy(update={"trainables": trainables}))
+    return config.model_copy(update={"stage": stages})
+
+
+def _read_init(config: RunConfig, family: Family) -> LoraWeights | None:
+    """Read the LoRA file that a run starts from, if there is one."""
+    _, lora = config.trainables.get(LORA, (0, None))
+    if not isinstance(lora, LoraConfig) or lora.init is None:
+        return None
+    text = TEXT_ENCODER_LORA in config.trainables
+    weights = read_lora_file(lora.init, family, text=text)
+    if weights.word not in (None, learned_word(config)):
         logger.warning(
             "LoRA %s: goes with the learned word %s, which this run does not train; "
             "its embedding is left out",
             weights.file,
             weights.word,
         )
-    return Trainables(
-        lora=_build_lora(config, lora, family, weights, dtype),
-        text_encoder_lora=_build_text_lora(config, family, weights, dtype),
-        tokens=_build_tokens(config, family, weights, dtype),
-    )
-
-
-def without_init(config: RunConfig) -> RunConfig:
-    """Return the configuration of adapters that start from no file: their values come later."""
-    first = config.stage[0]
-    assert first.trainables.lora is not None
-    lora = first.trainables.lora.model_copy(update={"init": None})
-    trainables = first.trainables.model_copy(update={"lora": lora})
-    stages = [first.model_copy(update={"trainables": trainables}), *config.stage[1:]]
-    return config.model_copy(update={"stage": stages})
+    return weights
 
 
 def _build_lora(
@@ -71,13 +92,14 @@ def _build_lora(
     family: Family,
     weights: LoraWeights | None,
     dtype: torch.dtype,
+    key: str,
 ) -> LoraAdapters:
     """Put new adapters into the network, or those of ``lora.init``."""
     if lora.targets == "up":
         lora = lora.model_copy(update={"targets": list(family.second_half)})
     seed = split_seed(config.seed, ADAPTER_STREAM)
     adapters = LoraAdapters(
-        family.make_adaptable(), lora, seed=seed, device=family.device, dtype=dtype
+        family.make_adaptable(), lora, seed=seed, device=family.device, dtype=dtype, key=key
     )
     if weights is not None:
         _load(adapters, weights.network, weights.file)
@@ -85,19 +107,21 @@ def _build_lora(
 
 
 def _build_text_lora(
-    config: RunConfig, family: Family, weights: LoraWeights | None, dtype: torch.dtype
-) -> LoraAdapters | None:
+    config: RunConfig,
+    settings: TextEncoderLoraConfig,
+    family: Family,
+    weights: LoraWeights | None,
+    dtype: torch.dtype,
+    key: str,
+) -> LoraAdapters:
     """Put new adapters into the text encoders, or those of ``lora.init`` where it has some."""
-    settings = config.stage[0].trainables.text_encoder_lora
-    if settings is None:
-        return None
     adapters = LoraAdapters(
         family.text.make_adaptable(family.unread_projections),
         LoraConfig(rank=settings.rank, alpha=settings.alpha),
         seed=split_seed(config.seed, TEXT_ADAPTER_STREAM),
         device=family.device,
         dtype=dtype,
-        key="stage.0.trainables.text_encoder_lora",
+        key=key,
     )
     if weights is not None and weights.text:
         _load(adapters, weights.text, weights.file)
@@ -105,12 +129,13 @@ def _build_text_lora(
 
 
 def _build_tokens(
-    config: RunConfig, family: Family, weights: LoraWeights | None, dtype: torch.dtype
-) -> LearnedTokens | None:
+    config: RunConfig,
+    settings: TokensConfig,
+    family: Family,
+    weights: LoraWeights | None,
+    dtype: torch.dtype,
+) -> LearnedTokens:
     """Teach the text encoders the new word, as ``lora.init`` left it if it goes with that word."""
-    settings = config.stage[0].trainables.tokens
-    if settings is None:
-        return None
     tokens = LearnedTokens(
         family.text,
         config.prompts.token,

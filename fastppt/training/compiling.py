@@ -150,10 +150,15 @@ def _trial_gradients(
 
 def _gradients(trainables: Trainables) -> dict[str, Tensor]:
     """Return copies of the gradients of all that is trained, by its place in the model."""
-    copies = {name: arena.grad.clone() for name, arena in trainables.arenas.items()}
+    copies = {
+        arena.flat.untyped_storage().data_ptr(): arena.grad.clone()
+        for arena in trainables.arenas.values()
+    }
     return {
-        name: copies[trainable].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        for trainable, tensors in trainables.tensors.items()
+        name: copies[tensor.untyped_storage().data_ptr()].as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+        for tensors in trainables.tensors.values()
         for name, tensor in tensors.items()
     }
 

@@ -96,9 +96,17 @@ def _readers(prefix: str, owner: object) -> Iterator[tuple[str, Reader]]:
         if value is None or isinstance(value, Tensor | bool | int | float | str):
             yield f"{prefix}{name}", partial(getattr, owner, name)
         elif isinstance(value, dict):
-            yield from ((f"{prefix}{name}.{key}", partial(getitem, value, key)) for key in value)
-        elif type(value).__module__.startswith("fastppt."):
+            for key, one in value.items():
+                if _is_ours(one):
+                    yield from _readers(f"{prefix}{name}.{key}.", one)
+                else:
+                    yield f"{prefix}{name}.{key}", partial(getitem, value, key)
+        elif _is_ours(value):
             yield from _readers(f"{prefix}{name}.", value)
+
+
+def _is_ours(value: object) -> bool:
+    return type(value).__module__.startswith("fastppt.")
 
 
 def _optimizer_readers(optimizer: AnchoredAdamW) -> dict[str, Reader]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastppt.config import CompileScope, Engine
+from fastppt.config_types import CompileScope, Engine
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.training.compiling import compile_blocks, compile_network, why_not_compile

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastppt.config import RunConfig, StageConfig
+from fastppt.config import RunConfig
 from fastppt.config_io import check_complete, check_recipe_fits
 from fastppt.data.photos import Photo, find_photos
 from fastppt.errors import UserError
@@ -28,6 +28,7 @@ from fastppt.outputs.lock import lock_output
 from fastppt.outputs.lora_files import run_name, write_lora_files
 from fastppt.outputs.metrics import check_tensorboard
 from fastppt.outputs.model_card import model_card
+from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables, without_init
 from fastppt.training.checkpoint import Checkpoint, find_checkpoints
@@ -44,7 +45,7 @@ from fastppt.training.identity import (
 from fastppt.training.interrupt import NOT_YET_RESUMED, NOTHING_TRAINED, Interruption, signal_name
 from fastppt.training.resume import Resumption, find_run, plan_resume
 from fastppt.training.run import RunResult, TrainingRun
-from fastppt.training.stage import noted_names
+from fastppt.training.stage import check_objectives, noted_names
 
 
 def train(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunResult:
@@ -207,6 +208,7 @@ def _load(
     if note is not None:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     config = resolve(config, family)
+    check_objectives(config, family)
     weights = fingerprint_weights(family, with_text=config.move_text)
     if start is not None:
         check_weights(start.manifest.identity, weights)
@@ -288,9 +290,10 @@ def _save(run: TrainingRun) -> list[Path]:
 
 def _headline(config: RunConfig, family: Family, trainables: Trainables, num_photos: int) -> str:
     adapters = trainables.lora
+    rank = "" if adapters is None else f"rank {adapters.rank}, "
     steps = sum(stage.steps for stage in config.stage)
     return (
         f"{config.method}: {num_photos} photos, {steps} steps on {config.model.path} "
         f"({family.name}, {family.device}, {str(family.dtype).removeprefix('torch.')}, "
-        f"{config.engine}); rank {adapters.rank}, {trainables.num_parameters:,} parameters"
+        f"{config.engine}); {rank}{trainables.num_parameters:,} parameters"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fastppt.config import RunConfig, StageConfig
+from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket
 from fastppt.data.latents import LatentBank
 from fastppt.data.photos import CroppedPhoto, Photo, find_photos
@@ -25,6 +25,7 @@ from fastppt.data.prompts import encode_prompt_bank, quiet_truncation
 from fastppt.families.backends import OutlinedAttention
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.loading import resolve_resolution
+from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import make_sheet
@@ -96,9 +97,8 @@ def plan_memory(config: RunConfig, family: Family) -> MemoryPlan:
 def _with_kept_anchors(config: RunConfig) -> RunConfig:
     """Say of new adapters what a run finds out: that B A is zero at their start."""
     lora = config.stage[0].trainables.lora
-    assert lora is not None
     anchor = config.stage[0].objectives.anchor
-    if lora.init is not None or anchor is None or anchor.form != "effective":
+    if lora is None or lora.init is not None or anchor is None or anchor.form != "effective":
         return config
     first = config.stage[0]
     objectives = first.objectives.model_copy(

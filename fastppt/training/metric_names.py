@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fastppt.config import ObjectivesConfig, StageConfig
+from fastppt.stage_config import ObjectivesConfig, StageConfig
 
 METRICS = ("loss", "denoising", "anchor", "grad_norm", "learning_rate", "skipped", "bad")
 """What every step notes; `metric_names` adds what a run's objectives have.
@@ -23,8 +23,9 @@ LAYER_TERMS = ("feature_mean", "feature_std", "attention_alignment")
 def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
     """Return what a pass computes: the weighted sum of its terms, then each term unweighted.
 
-    The anchor is not among them: the optimizer computes it. `prediction_difference`, the last, is
-    no term: the mean squared difference of tuned and base prediction.
+    The anchor is not among them: the optimizer computes it. `denoising` is noted whether or not it
+    is an objective. `prediction_difference`, the last, is no term: the mean squared difference of
+    tuned and base prediction.
     """
     names = ["loss", "denoising"]
     if objectives.adaptive:
@@ -33,6 +34,8 @@ def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
         names += ["feature_mean", "feature_std"]
     if objectives.attention_alignment is not None:
         names.append("attention_alignment")
+    if objectives.direct_consistency is not None:
+        names.append("direct_consistency")
     if objectives.need_base:
         names.append("prediction_difference")
     return tuple(names)

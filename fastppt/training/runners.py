@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Protocol
 
-from fastppt.config import Engine
+from fastppt.config_types import Engine
 from fastppt.training.constants import constants_of
 from fastppt.training.graph import CapturedFunction, CudaRecorder, Recorder
 from fastppt.training.snapshot import written_tensors

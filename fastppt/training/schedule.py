@@ -2,7 +2,7 @@
 
 import math
 
-from fastppt.config import StageConfig
+from fastppt.stage_config import StageConfig
 
 
 def learning_rate_factor(stage: StageConfig, step: int) -> float:

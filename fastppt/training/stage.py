@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastppt.config import ObjectivesConfig, RunConfig, StageConfig, TrainablesConfig
+from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket
+from fastppt.errors import UserError
 from fastppt.families.attention import TextAttention
 from fastppt.families.base import Family
 from fastppt.objectives.anchor import anchored_groups
 from fastppt.objectives.attention_alignment import AttentionAlignment, aligned_attentions
-from fastppt.objectives.denoising import Indicator
+from fastppt.objectives.denoising import Indicator, min_snr_weights
 from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
-from fastppt.trainables.trainables import Trainables
+from fastppt.stage_config import ObjectivesConfig, StageConfig
+from fastppt.trainables.trainables import Trainables, part_name
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.metric_names import bin_names, layer_loss_names, loss_names, metric_names
 from fastppt.training.ring import MetricRing
@@ -33,9 +35,11 @@ def build_steps(
     generator: torch.Generator,
 ) -> list[Step]:
     """Make everything that the steps of a stage read and write; one step a bucket."""
-    like = trainables.lora.arena.flat
+    trainables.train(stage.trainables.given.keys())
+    like = next(iter(trainables.arenas.values())).flat
     rates = {
-        name: torch.zeros((), device=like.device, dtype=like.dtype) for name in trainables.arenas
+        name: torch.zeros((), device=like.device, dtype=like.dtype)
+        for name in learning_rates(stage)
     }
     settings = stage.optimizer
     optimizer = AnchoredAdamW(
@@ -69,8 +73,9 @@ def build_steps(
             stage=stage,
             latents=bucket.latents,
             prompts=bucket.prompts,
-            switch=trainables.switch,
+            trainables=trainables,
             indicator=indicator,
+            timestep_weights=timestep_weights(family, objectives, key),
             feature_alignment=feature_alignment,
             attention_alignment=attention_alignment,
             optimizer=optimizer,
@@ -86,6 +91,16 @@ def build_steps(
         )
         for bucket in buckets
     ]
+
+
+def check_objectives(config: RunConfig, family: Family) -> None:
+    """Refuse objectives that mean nothing to the model's family.
+
+    Raises:
+        UserError: names the key, and what it could be.
+    """
+    for index, stage in enumerate(config.stage):
+        timestep_weights(family, stage.objectives, f"stage.{index}.objectives")
 
 
 def noted_names(config: RunConfig, family: Family) -> list[str]:
@@ -106,9 +121,31 @@ def noted_names(config: RunConfig, family: Family) -> list[str]:
 
 
 def learning_rates(stage: StageConfig) -> dict[str, float]:
-    """Return the learning rate of each trainable of a stage, before schedule and warm-up."""
-    trained = {name: getattr(stage.trainables, name) for name in TrainablesConfig.model_fields}
-    return {name: one.learning_rate for name, one in trained.items() if one is not None}
+    """Return the learning rate of each arena of a stage, before schedule and warm-up."""
+    return {
+        part_name(name, part): rate
+        for name, table in stage.trainables.given.items()
+        for part, rate in table.rates.items()
+    }
+
+
+def timestep_weights(family: Family, objectives: ObjectivesConfig, key: str) -> Tensor | None:
+    """Return the weight of a sample by its timestep, [T]; None where all weigh the same.
+
+    Raises:
+        UserError: the model was not trained by DDPM, which min_snr is about.
+    """
+    denoising = objectives.denoising
+    if denoising is None or denoising.weighting != "min_snr":
+        return None
+    ratios = family.signal_to_noise()
+    if ratios is None:
+        raise UserError(
+            f"{key}.denoising.weighting: min_snr weighs by DDPM's signal-to-noise ratio, and "
+            f"{family.model.path} was trained by flow matching, which has a weighting of its own "
+            'in how timesteps are drawn; set it to "uniform"'
+        )
+    return min_snr_weights(ratios, family.prediction_type, denoising.snr_gamma)
 
 
 def layers_to_align(

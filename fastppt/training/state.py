@@ -92,4 +92,7 @@ def _tensors(step: Step) -> dict[str, Tensor]:
             anchor = step.optimizer.state[param].get("anchor")
             if anchor is not None:
                 tensors[f"{name}/anchor"] = anchor
+    # What another stage trains.
+    for name, arena in step.trainables.arenas.items():
+        tensors.setdefault(f"{name}/values", arena.flat)
     return tensors

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppt.config import ObjectivesConfig, StageConfig
 from fastppt.data.latents import PLAIN_VIEW, LatentBank
 from fastppt.data.prompts import PromptBank
-from fastppt.families.attention import AdapterSwitch
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.objectives.attention_alignment import AttentionAlignment
 from fastppt.objectives.denoising import Indicator, denoising_losses
+from fastppt.objectives.direct_consistency import direct_consistency_loss
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.stage_config import ObjectivesConfig, StageConfig
 from fastppt.trainables.tokens import LearnedTokens
-from fastppt.trainables.trainables import LORA
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.metric_names import LAYER_TERMS, by_layer_of, loss_names
 from fastppt.training.ring import MetricRing
@@ -78,10 +78,12 @@ class Step:
     The steps of a stage's buckets share all but latents and prompts.
 
     Attributes:
-        switch: Turns the adapters off for a base pass.
+        trainables: All that the run trains, in this stage or another; without them the network is
+            the base.
         indicator: Of adaptive weighting; None without it. Likewise the alignments.
-        learning_rates: 0-dim tensors on the device by the name of the trainable, also the
-            optimizer's; the loop writes them.
+        timestep_weights: [T], of min_snr weighting; None without it.
+        learning_rates: 0-dim tensors on the device by the name of the arena that is trained, also
+            the optimizer's; the loop writes them.
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
         kept_norms: The embeddings whose lengths are kept; None where there are none.
@@ -97,8 +99,9 @@ class Step:
     stage: StageConfig
     latents: LatentBank
     prompts: PromptBank
-    switch: AdapterSwitch
+    trainables: Trainables
     indicator: Indicator | None
+    timestep_weights: Tensor | None
     feature_alignment: FeatureAlignment | None
     attention_alignment: AttentionAlignment | None
     optimizer: AnchoredAdamW
@@ -114,8 +117,8 @@ class Step:
 
     @property
     def learning_rate(self) -> Tensor:
-        """The learning rate of the network's trainable: the one that metrics show."""
-        return self.learning_rates[LORA]
+        """The first learning rate, the network's where that is trained: the one in the metrics."""
+        return next(iter(self.learning_rates.values()))
 
 
 def needs_base_pass(stage: StageConfig, number: int) -> bool:
@@ -126,7 +129,8 @@ def needs_base_pass(stage: StageConfig, number: int) -> bool:
 def run_step(step: Step, number: int = 0) -> None:
     """Take one optimizer step and note its metrics.
 
-    loss = denoising.weight * mean_B (1 - gamma_b) L_b
+    loss = denoising.weight * mean_B (1 - gamma_b) L_b        (or w_t L_b, of min_snr)
+           + direct_consistency.weight * L_direct
            + feature_alignment.weight * (L_mean + L_std)
            + attention_alignment.weight * L_attention
            + anchor.weight * ||theta - theta_0||^2
@@ -270,7 +274,7 @@ def base_pass(step: Step, batch: Batch) -> Tensor:
     Returns:
         Its prediction [B, C, h, w], without a graph.
     """
-    with torch.no_grad(), step.switch.base(), ExitStack() as memory:
+    with torch.no_grad(), step.trainables.base(), ExitStack() as memory:
         if step.feature_alignment is not None:
             memory.enter_context(step.feature_alignment.base_pass())
         if step.attention_alignment is not None:
@@ -293,8 +297,12 @@ def loss_terms(
     """
     terms: dict[str, Tensor] = {}
     by_layer: dict[str, Tensor] = {}
+    consistency = step.stage.objectives.direct_consistency
     if step.indicator is None:
-        terms["denoising"] = denoising_losses(prediction, batch.target).mean()
+        losses = denoising_losses(prediction, batch.target)
+        if step.timestep_weights is not None:
+            losses = step.timestep_weights[batch.timesteps] * losses
+        terms["denoising"] = losses.mean()
     elif base_prediction is None:
         gamma = step.indicator.gamma(batch.timesteps)
         terms["denoising"] = ((1 - gamma) * denoising_losses(prediction, batch.target)).mean()
@@ -304,6 +312,10 @@ def loss_terms(
             prediction, base_prediction, batch.target, batch.timesteps
         )
         terms["gamma"] = gamma.mean()
+    if base_prediction is not None and consistency is not None:
+        terms["direct_consistency"] = direct_consistency_loss(
+            prediction, base_prediction, batch.target, consistency.beta
+        )
     if base_prediction is not None and step.feature_alignment is not None:
         means, stds = step.feature_alignment.losses()
         by_layer |= {"feature_mean": means, "feature_std": stds}
@@ -319,15 +331,18 @@ def loss_terms(
 
 def weighted_sum(objectives: ObjectivesConfig, terms: dict[str, Tensor]) -> Tensor:
     """Return the loss without the anchor: each objective's weight times its terms."""
-    denoising, features = objectives.denoising, objectives.feature_alignment
-    attention = objectives.attention_alignment
-    assert denoising is not None
-    loss = denoising.weight * terms["denoising"]
+    denoising, consistency = objectives.denoising, objectives.direct_consistency
+    features, attention = objectives.feature_alignment, objectives.attention_alignment
+    parts: list[Tensor] = []
+    if denoising is not None:
+        parts.append(denoising.weight * terms["denoising"])
+    if consistency is not None:
+        parts.append(consistency.weight * terms["direct_consistency"])
     if features is not None and "feature_mean" in terms:
-        loss = loss + features.weight * (terms["feature_mean"] + terms["feature_std"])
+        parts.append(features.weight * (terms["feature_mean"] + terms["feature_std"]))
     if attention is not None and "attention_alignment" in terms:
-        loss = loss + attention.weight * terms["attention_alignment"]
-    return loss
+        parts.append(attention.weight * terms["attention_alignment"])
+    return sum(parts[1:], start=parts[0])
 
 
 @contextmanager

@@ -9,12 +9,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from fastppt.config import LoraConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.families.attention import AdapterSwitch, make_adaptable
 from fastppt.families.backends import resolve_attention
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 
 
 def predict(family: Family) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from fastppt.config import LoraConfig
 from fastppt.families.backends import resolve_attention
 from fastppt.families.joint_attention import make_joint_adaptable
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 
 # Blocks as SD3 has them, as SD3.5 large has them, and as SD3.5 medium has them.
 KINDS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppt.config import LoraConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.loading import load_family
@@ -17,6 +17,7 @@ from fastppt.mini import build_mini
 from fastppt.mini.tokenizer import MODEL_MAX_LENGTH
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
+from fastppt.trainables_config import LoraConfig
 from fastppt_kernels.testing import ForbidHostReads
 
 MODELS = ["mini-sd", "mini-sdxl", "mini-sd3"]

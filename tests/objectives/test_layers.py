@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from fastppt.config import AttentionAlignmentConfig, FeatureAlignmentConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.attention import make_adaptable, text_attentions
 from fastppt.families.loading import load_family
@@ -18,6 +18,7 @@ from fastppt.families.sdxl import StableDiffusionXL
 from fastppt.objectives.attention_alignment import aligned_attentions
 from fastppt.objectives.feature_alignment import aligned_layers
 from fastppt.objectives.layers import Outbox, collect, match_layers
+from fastppt.stage_config import AttentionAlignmentConfig, FeatureAlignmentConfig
 from tests.training.plain_step import ATTENTION_LAYERS, FEATURE_LAYERS, TEMPERATURES
 
 

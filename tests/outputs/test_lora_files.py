@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastppt.config import LoraConfig, ModelConfig, RunConfig
+from fastppt.config import ModelConfig, RunConfig
 from fastppt.config_io import render_toml
 from fastppt.errors import UserError
 from fastppt.families.base import Family
@@ -35,6 +35,7 @@ from fastppt.outputs.lora_forms import read_lora, write_lora
 from fastppt.outputs.model_card import model_card
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.trainables import Trainables
+from fastppt.trainables_config import LoraConfig
 from tests.outputs.lora_cases import FAMILIES, peft_changes
 
 PROMPT = "a photo of sks robot in the snow"
@@ -77,7 +78,7 @@ def write(make_config: Callable[..., RunConfig], tmp_path: Path) -> Write:
         )
         adapters = trained(family, alpha=6.0)
         files = write_lora_files(
-            tmp_path / "lora", config, family, Trainables(adapters), {(64, 64): 5}
+            tmp_path / "lora", config, family, Trainables({"lora": adapters}), {(64, 64): 5}
         )
         return files, adapters, family
 
@@ -235,7 +236,7 @@ def test_buckets_are_in_the_metadata(
 ) -> None:
     config = make_config(photos__resolution=64, photos__buckets=True, name="a")
     counts = {(64, 64): 2, (48, 80): 3}
-    trainables = Trainables(trained(family))
+    trainables = Trainables({"lora": trained(family)})
     _, file = write_lora_files(tmp_path / "lora", config, family, trainables, counts)
     metadata = metadata_of(file)
     assert metadata["ss_enable_bucket"] == "True" and metadata["ss_num_train_images"] == "5"
@@ -317,7 +318,7 @@ def test_adapter_that_nothing_reads_is_left_out_with_a_note(
 ) -> None:
     family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
     (unread,) = family.unread_projections
-    lora = lora_of_run(family, Trainables(trained(family)), {})
+    lora = lora_of_run(family, Trainables({"lora": trained(family)}), {})
     assert ("transformer", unread) not in lora.adapters
     adapters = dict(lora.adapters)
     one = next(iter(adapters.values()))
@@ -335,7 +336,7 @@ def test_text_adapters_that_nothing_reads_are_left_out_with_one_note(
     family = load_family(ModelConfig(path="mini-sdxl", device="cpu"))
     config = LoraConfig(rank=2)
     text = LoraAdapters(family.text.make_adaptable(), config, seed=0, device=family.device)
-    lora = lora_of_run(family, Trainables(trained(family), text), {})
+    lora = lora_of_run(family, Trainables({"lora": trained(family), "text_encoder_lora": text}), {})
     file = tmp_path / "a.safetensors"
     write_lora(file, lora, "kohya")
     weights = read_lora_file(file, family)
@@ -365,7 +366,7 @@ def test_run_folder_stands_for_the_file_with_unfolded_alpha(
 def test_model_card_loads_the_model_as_the_run_did(
     make_config: Callable[..., RunConfig], family: Family
 ) -> None:
-    adapters = Trainables(trained(family))
+    adapters = Trainables({"lora": trained(family)})
     card = model_card(make_config(photos__resolution=64), family, adapters, 5, 1.0)
     assert 'pipe = build_mini("mini-sdxl")' in card and "A1111" in card
     single = make_config(
@@ -403,8 +404,10 @@ def test_card_and_metadata_say_what_pulled_and_what_held(
     assert metadata["ss_training_comment"] == f"fastppt, ppt-lora: {wanted}"
     assert metadata["ss_gradient_checkpointing"] == "True"
     config = make_config(photos__resolution=64, **settings)
-    assert f"| {wanted} |" in model_card(config, family, Trainables(adapters), 5, 1.0)
-    plain = model_card(make_config(photos__resolution=64), family, Trainables(adapters), 5, 1.0)
+    assert f"| {wanted} |" in model_card(config, family, Trainables({"lora": adapters}), 5, 1.0)
+    plain = model_card(
+        make_config(photos__resolution=64), family, Trainables({"lora": adapters}), 5, 1.0
+    )
     assert "| denoising 1 (uniform), anchor 0.001 (effective) |" in plain
 
 
@@ -413,7 +416,7 @@ def test_model_card_of_a_family_without_kohya_form_names_comfyui_alone(
 ) -> None:
     family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
     config = make_config(photos__resolution=64, model__path="mini-sd3")
-    card = model_card(config, family, Trainables(trained(family)), 5, 1.0)
+    card = model_card(config, family, Trainables({"lora": trained(family)}), 5, 1.0)
     assert "ComfyUI" in card and "A1111" not in card
 
 
@@ -427,7 +430,9 @@ def test_model_card_reads_prompts_as_the_run_did(
     family = load_family(ModelConfig(path="mini-sd3", device="cpu", **settings))
     keys = {f"model__{key}": value for key, value in settings.items()}
     config = make_config(photos__resolution=64, model__path="owner/model", **keys)
-    code = model_card(config, family, Trainables(trained(family)), 5, 1.0).split("```python\n")[1]
+    code = model_card(config, family, Trainables({"lora": trained(family)}), 5, 1.0).split(
+        "```python\n"
+    )[1]
     assert f'pipe("a photo of sks robot", max_sequence_length={num_tokens}).images' in code
     assert ("text_encoder_3=None, tokenizer_3=None" in code) == bool(settings)
 
@@ -437,7 +442,7 @@ def test_model_card_finds_the_vae_of_a_whole_model(
 ) -> None:
     (tmp_path / "vae").mkdir()
     config = make_config(photos__resolution=64, model__path="owner/model", model__vae=str(tmp_path))
-    card = model_card(config, family, Trainables(trained(family)), 5, 1.0)
+    card = model_card(config, family, Trainables({"lora": trained(family)}), 5, 1.0)
     assert f'AutoencoderKL.from_pretrained("{tmp_path}", subfolder="vae")' in card
 
 

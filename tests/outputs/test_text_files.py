@@ -315,7 +315,9 @@ def test_checkpoint_files_are_the_diffusers_lora_and_the_word(
     assert [file.name for file in written] == [DIFFUSERS_FILE, "v.safetensors"]
     assert written[0].read_bytes() == files[0].read_bytes()
     plain = make_config(model__path="mini-sd", photos__resolution=64)
-    alone = write_diffusers_files(tmp_path / "b", plain, family, Trainables(trainables.lora))
+    alone = write_diffusers_files(
+        tmp_path / "b", plain, family, Trainables({"lora": trainables.lora})
+    )
     assert [file.name for file in alone] == [DIFFUSERS_FILE]
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from fastppt.config import LoraConfig, ModelConfig, RunConfig
+from fastppt.config import ModelConfig, RunConfig
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.outputs.lora_files import write_lora_files
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import Trainables
+from fastppt.trainables_config import LoraConfig
 
 WORD = "<v>"
 TEXT_RANK, TEXT_ALPHA = 2, 3.0
@@ -50,7 +51,7 @@ def trained_text(name: str, vectors: int = 2) -> tuple[Family, Trainables]:
     tokens.load(
         {name: torch.randn(rows.shape, generator=generator) for name, rows in tokens.rows.items()}
     )
-    return family, Trainables(lora, text, tokens)
+    return family, Trainables({"lora": lora, "text_encoder_lora": text, "tokens": tokens})
 
 
 def write_text_run(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastppt.config import LoraConfig
 from fastppt.families.attention import Projections
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 from fastppt_kernels.testing import ForbidHostReads
 
 INPUT, OUTPUT = 24, 20

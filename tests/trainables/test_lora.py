@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppt.config import LoraConfig, ModelConfig, RunConfig
+from fastppt.config import ModelConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
 from fastppt.objectives.anchor import anchored_group
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables_config import LoraConfig
 from fastppt.training.build import build_trainables
 from fastppt_kernels import AnchoredAdamW
 

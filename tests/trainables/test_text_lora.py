@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastppt.config import LoraConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini import build_mini
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
+from fastppt.trainables_config import LoraConfig
 
 MODELS = ["mini-sd", "mini-sdxl", "mini-sd3"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastppt.config import AnchorConfig, LoraConfig, ModelConfig
+from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.objectives.anchor import anchored_groups
+from fastppt.stage_config import AnchorConfig
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import LORA, TOKENS, Trainables
+from fastppt.trainables_config import LoraConfig
 from fastppt_kernels import AnchoredAdamW
 
 MODELS = ["mini-sd", "mini-sdxl", "mini-sd3"]
@@ -124,7 +126,7 @@ def test_only_places_of_the_word_give_a_gradient(dtype: torch.dtype) -> None:
 
 def trainables_of(family: Family, tokens: LearnedTokens) -> Trainables:
     lora = LoraAdapters(family.make_adaptable(), LoraConfig(rank=1), seed=0, device=family.device)
-    return Trainables(lora, tokens=tokens)
+    return Trainables({"lora": lora, "tokens": tokens})
 
 
 @pytest.mark.parametrize("form", ["raw", "effective", "decoupled"])

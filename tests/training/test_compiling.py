@@ -104,7 +104,7 @@ def test_a_right_network_passes_the_check_and_nothing_changes(
 ) -> None:
     before = state_of(stage[0][0])
     passes = spoil_pass(monkeypatch, lambda gradient: gradient.mul_(1 + rounding), number=number)
-    check_gradients(stage[0], Trainables(stage[1]))
+    check_gradients(stage[0], Trainables({"lora": stage[1]}))
     stances = ("force_eager", "default")
     assert passes == [(stance, base) for base in (False, True) for stance in stances]
     assert are_equal(before, state_of(stage[0][0]))
@@ -116,7 +116,7 @@ def test_a_network_that_is_wrong_only_beside_the_base_is_refused(
     before = state_of(stage[0][0])
     spoil_pass(monkeypatch, lambda gradient: gradient.mul_(0.25), number=3)
     with pytest.raises(UserError, match="44 of 44 trained tensors differ"):
-        check_gradients(stage[0], Trainables(stage[1]))
+        check_gradients(stage[0], Trainables({"lora": stage[1]}))
     assert are_equal(before, state_of(stage[0][0]))
 
 
@@ -128,7 +128,7 @@ def test_a_float16_network_is_checked_where_its_gradients_are_finite(
     before = state_of(stage[0][0])
     gradients: list[Tensor] = []
     spoil_pass(monkeypatch, lambda gradient: gradients.append(gradient.clone()), number=3)
-    check_gradients(stage[0], Trainables(stage[1]))
+    check_gradients(stage[0], Trainables({"lora": stage[1]}))
     assert gradients[0].isfinite().all() and gradients[0].any()
     assert are_equal(before, state_of(stage[0][0]))
 
@@ -149,7 +149,7 @@ def test_one_wrong_gradient_is_named(
     spoil_pass(monkeypatch, lambda gradient: spoil(gradient.as_strided(*place)))
     before = state_of(stage[0][0])
     with pytest.raises(UserError) as raised:
-        check_gradients(stage[0], Trainables(stage[1]))
+        check_gradients(stage[0], Trainables({"lora": stage[1]}))
     message = str(raised.value)
     assert f"most of all that of {pair.name}.{side} " in message
     assert "1 of 44 trained tensors differ" in message
@@ -162,7 +162,7 @@ def test_a_network_compiled_as_one_by_autograd_alone_is_right(
     stage: tuple[list[Step], LoraAdapters],
 ) -> None:
     stage[0][0].family.network.compile(backend="aot_eager")
-    check_gradients(stage[0], Trainables(stage[1]))
+    check_gradients(stage[0], Trainables({"lora": stage[1]}))
 
 
 # What compiling needs of the machine.

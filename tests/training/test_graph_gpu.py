@@ -240,7 +240,7 @@ def test_compiled_gradients_are_eager_ones_tensor_by_tensor(
     settings = WITH_BASE | {"model.device": "cuda", "model.precision": precision}
     steps, adapters = build_stage(make_config, model, **settings)
     compile_blocks(steps[0].family)
-    check_gradients(steps, Trainables(adapters))
+    check_gradients(steps, Trainables({"lora": adapters}))
 
 
 def test_twenty_compiled_steps_go_where_eager_ones_go(

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastppt.config import Engine, RunConfig
+from fastppt.config import RunConfig
+from fastppt.config_types import Engine
 from fastppt.training.guard import NonFiniteGuard
 from fastppt.training.runners import EagerRunner, GraphRunner, StageRunner, make_runner
 from fastppt.training.snapshot import named_tensors

@@ -15,12 +15,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastppt.cli import app
-from fastppt.config import DenoisingConfig, ModelConfig, ObjectivesConfig, RunConfig
+from fastppt.config import ModelConfig, RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.stage_config import DenoisingConfig, ObjectivesConfig
 from fastppt.training.build import build_trainables
 from fastppt.training.compiling import _allow_variants
 from fastppt.training.encoding import encode

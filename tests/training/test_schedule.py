@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastppt.config import DenoisingConfig, LoraConfig, StageConfig
+from fastppt.stage_config import DenoisingConfig, StageConfig
+from fastppt.trainables_config import LoraConfig
 from fastppt.training.schedule import learning_rate_factor
 
 
