@@ -79,12 +79,31 @@ def find_photos(folder: Path, captions: Path | None = None) -> list[Photo]:
         UserError: no such folder, no photos in it, a file that is no photo or has too many pixels,
             or captions that `read_captions` refuses.
     """
+    paths = list_pictures(folder, "photos")
+    captioned = read_captions(paths, captions)
+    photos = []
+    for path in paths:
+        caption, file = captioned.get(path.name, (None, None))
+        photos.append(Photo(path, caption, file, upright_size(path)))
+    return photos
+
+
+def list_pictures(folder: Path, key: str) -> list[Path]:
+    """Return the image files of a folder in the order of their names; none is opened.
+
+    Args:
+        folder: Where they are.
+        key: What a message calls it.
+
+    Raises:
+        UserError: no such folder, or no image files in it.
+    """
     if not folder.is_dir():
-        raise UserError(f"photos: {folder} is not a folder. Is the path right?")
+        raise UserError(f"{key}: {folder} is not a folder. Is the path right?")
     try:
         files = list(folder.iterdir())
     except OSError as error:
-        raise UserError(f"photos: {folder} cannot be read ({error.strerror})") from None
+        raise UserError(f"{key}: {folder} cannot be read ({error.strerror})") from None
     paths = sorted(
         path
         for path in files
@@ -92,15 +111,10 @@ def find_photos(folder: Path, captions: Path | None = None) -> list[Photo]:
     )
     if not paths:
         raise UserError(
-            f"photos: found 0 images in {folder} (looked for {' '.join(SUFFIXES)}). "
+            f"{key}: found 0 images in {folder} (looked for {' '.join(SUFFIXES)}). "
             "Is the path right?"
         )
-    captioned = read_captions(paths, captions)
-    photos = []
-    for path in paths:
-        caption, file = captioned.get(path.name, (None, None))
-        photos.append(Photo(path, caption, file, _upright_size(path)))
-    return photos
+    return paths
 
 
 def cover_scale(photo: Photo, size: tuple[int, int]) -> float:
@@ -152,8 +166,12 @@ def _placement(photo: Photo, size: tuple[int, int]) -> tuple[int, int, int, int]
     return height, width, (height - size[0]) // 2, (width - size[1]) // 2
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Return (height, width) of the photo as it is looked at, without decoding it."""
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) in pixels of a photo as it is looked at, without decoding it.
+
+    Raises:
+        UserError: it is no photo, or has too many pixels.
+    """
     with _opened(path) as image:
         width, height = image.size
         content = path.read_bytes() if image.format == "PNG" else b""

@@ -15,22 +15,31 @@ from torch import Tensor
 from fastppt.stage_config import AnchorConfig
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.network_weights import NetworkWeights
+from fastppt.trainables.peft_tuners import PeftAdapters
+from fastppt.trainables.svdiff import SpectralShifts
 from fastppt.trainables.trainables import Trainables, part_name
 
 
 def anchored_groups(
-    trainables: Trainables, learning_rates: Mapping[str, Tensor], anchor: AnchorConfig | None
+    trainables: Trainables,
+    learning_rates: Mapping[str, Tensor],
+    anchor: AnchorConfig | None,
+    moments: str = "fp32",
 ) -> list[dict[str, Any]]:
     """Return the `AnchoredAdamW` parameter groups that train all that moves, and hold it.
 
-    What is no LoRA has no effective form and is held as it is, where it started: the network's own
-    weights are what the network sees, and of others nothing is there at zero (our choice).
+    What is no LoRA has no effective form and is held as it is: the network's own weights are what
+    the network sees, and spectral shifts are as long as what they change (of others, our choice).
+    Only adapters of the network can be held at zero, and what else a run trains then stays where it
+    started: a word at zero is none.
 
     Args:
         trainables: Each arena is a group of its own, in the order of `Trainables.arenas`.
         learning_rates: 0-dim tensors on the device, by the names of the arenas that are trained;
             the others get no group.
         anchor: Weight, form and place of the anchor; None for no anchor.
+        moments: How those of the network's own weights are kept, "fp32" or "8bit".
     """
     groups = []
     for name, trainable in trainables.parts.items():
@@ -40,8 +49,13 @@ def anchored_groups(
                 continue
             if isinstance(trainable, LoraAdapters):
                 groups.append(anchored_group(trainable, rate, anchor))
+            elif isinstance(trainable, NetworkWeights):
+                groups.append(anchored_weights(trainable, rate, anchor, moments))
             else:
-                groups.append(_anchored_values(arena, rate, anchor))
+                group = _anchored_values(arena, rate, anchor)
+                if anchor is not None and isinstance(trainable, PeftAdapters | SpectralShifts):
+                    group["anchor"] = anchor.to
+                groups.append(group)
     return groups
 
 
@@ -61,6 +75,28 @@ def anchored_group(
     group |= {"anchor_weight": anchor.weight, "form": anchor.form, "anchor": anchor.to}
     if anchor.form == "effective":
         group["lora_pairs"] = [(pair.down, pair.up, pair.scale) for pair in adapters.pairs]
+    return group
+
+
+def anchored_weights(
+    weights: NetworkWeights, learning_rate: Tensor, anchor: AnchorConfig | None, moments: str
+) -> dict[str, Any]:
+    """Return the `AnchoredAdamW` parameter group that trains a network's own weights.
+
+    They are held to the pretrained ones, of which there is one set, whoever reads it.
+
+    Args:
+        weights: Their arena becomes the group's one parameter.
+        learning_rate: 0-dim tensor on the device; the loop writes it, the step reads it.
+        anchor: Weight and form of the anchor; None for no anchor.
+        moments: "fp32" or "8bit".
+    """
+    group = _anchored_values(weights.arena, learning_rate, anchor) | {"moments": moments}
+    if weights.rounds_stochastically:
+        group["rounding"] = "stochastic"
+    if anchor is not None and anchor.weight > 0:
+        group |= {"anchor": [weights.pretrained], "share_anchor": True}
+        group["anchor_storage"] = anchor.storage
     return group
 
 
