@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import compress
 
 import torch
@@ -16,6 +14,7 @@ from fastppt.errors import UserError
 from fastppt.families.attention import AdapterSwitch, Projections
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.joint_lora import JointLora
+from fastppt.trainables.targets import match_targets
 from fastppt.trainables_config import LoraConfig
 
 
@@ -77,7 +76,8 @@ class LoraAdapters:
         self.rank = config.rank
         self.alpha = config.alpha if config.alpha is not None else float(config.rank)
         self.switch = AdapterSwitch()
-        adapted = _match(config.targets, [name for group in groups for name in group.names], key)
+        names = [name for group in groups for name in group.names]
+        adapted = {*match_targets(config.targets, names, "attention projection", key)}
         layouts = [layout for group in groups if (layout := _Layout.of(group, adapted))]
         shapes = [shape for layout in layouts for shape in layout.shapes(self.rank)]
         working_dtype = groups[0].linears[0].weight.dtype
@@ -202,19 +202,3 @@ class _Layout:
         names = compress(self.group.names, self.adapted)
         for name, down, up in zip(names, downs, ups, strict=True):
             yield LoraPair(name, down, up, joint.scale)
-
-
-def _match(targets: list[str] | None, names: list[str], key: str) -> set[str]:
-    if targets is None:
-        return set(names)
-    adapted: set[str] = set()
-    for target in targets:
-        matches = [name for name in names if fnmatchcase(name, target)]
-        if not matches:
-            near = difflib.get_close_matches(target, names, n=3, cutoff=0.0)
-            raise UserError(
-                f"{key}.targets: {target!r} matches no attention projection; "
-                f"the nearest are {', '.join(near)}"
-            )
-        adapted.update(matches)
-    return adapted

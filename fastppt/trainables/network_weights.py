@@ -1,7 +1,7 @@
 """The network's own weights, all of them or some.
 
-Sources: DreamBooth (Ruiz et al., arXiv 2208.12242), which trains the whole network; Custom Diffusion
-(Kumari et al., arXiv 2212.04488), which trains the keys and values of the text.
+Sources: DreamBooth (Ruiz et al., arXiv 2208.12242), which trains the whole network; Custom
+Diffusion (Kumari et al., arXiv 2212.04488), which trains the keys and values of the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What patterns in a configuration choose."""
+"""Which of many names a user's patterns choose."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from fastppt.errors import UserError
 def match_targets(
     targets: Sequence[str] | None, names: Sequence[str], what: str, key: str
 ) -> list[str]:
-    """Return the names that one of the patterns matches, in their own order.
+    """Return the names that a pattern matches, in their order.
 
     Args:
-        targets: Patterns, in which * matches any text, dots included; None for all names.
-        names: What can be chosen.
-        what: What a name is of, such as "attention projection".
-        key: The trainable's table in the configuration, for messages.
+        targets: The patterns, in which * matches any text, dots included; None takes all names.
+        names: What there is.
+        what: What a name is of, such as `attention projection`.
+        key: Of the table in the configuration that holds ``targets``, for messages.
 
     Raises:
-        UserError: a pattern matches nothing; the nearest names are given.
+        UserError: a pattern matches nothing; the nearest names are listed.
     """
     if targets is None:
         return [*names]
+    chosen: set[str] = set()
     for target in targets:
-        if not any(fnmatchcase(name, target) for name in names):
+        matches = [name for name in names if fnmatchcase(name, target)]
+        if not matches:
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.0)
             raise UserError(
                 f"{key}.targets: {target!r} matches no {what}; the nearest are {', '.join(near)}"
             )
-    return [name for name in names if any(fnmatchcase(name, target) for target in targets)]
+        chosen.update(matches)
+    return [name for name in names if name in chosen]

@@ -34,6 +34,7 @@ class LearnedTokens:
         init: Words to start from; None leaves the rows zero, for `load`.
         device: Where values and gradients live.
         dtype: Of values and gradients; float32 unless arithmetic is being checked.
+        key: The trainable's table in the configuration, for messages.
 
     Attributes:
         word: As given.
@@ -55,12 +56,13 @@ class LearnedTokens:
         init: str | None = None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        key: str = "stage.0.trainables.tokens",
     ) -> None:
         self.word, self.init = word, init
         self.words = (word, *(f"{word}_{number}" for number in range(1, vectors)))
         text.check_new_words(self.words)
         tables = {component: text.table(component).weight for component in text.clips}
-        starts = {} if init is None else _starts(text, init, vectors)
+        starts = {} if init is None else _starts(text, init, vectors, key)
         shapes = [(vectors, table.shape[1]) for table in tables.values()]
         working_dtype = next(iter(tables.values())).dtype
         self.arena = ParameterArena(shapes, device, dtype, working_dtype)
@@ -188,13 +190,13 @@ class _LookUp(torch.autograd.Function):
         return None, None, None, None
 
 
-def _starts(text: TextEncoders, init: str, vectors: int) -> dict[str, Tensor]:
+def _starts(text: TextEncoders, init: str, vectors: int, key: str) -> dict[str, Tensor]:
     """Return the rows that a new word starts from, [n, D] by component."""
     starts = {}
     for name, embeddings in text.embeddings_of(init).items():
         if len(embeddings) == 0:
             raise UserError(
-                f"stage.0.trainables.tokens.init: the model reads nothing in {init!r}; "
+                f"{key}.init: the model reads nothing in {init!r}; "
                 "name a thing like the subject, such as 'dog'"
             )
         if len(embeddings) != vectors:

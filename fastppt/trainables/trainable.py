@@ -19,7 +19,7 @@ class Trainable(Protocol):
         """The flat buffers of its values, by the part that each is of; "" is the main one.
 
         Each is a parameter group of the optimizer, with a learning rate of its own: the parts are
-        those of `TrainableConfig.rates`.
+        those of `TrainableConfig.rates` that have values.
         """
 
     @property

@@ -86,6 +86,11 @@ class Trainables:
                 stack.enter_context(self.network.base())
             yield
 
+    def refresh(self) -> None:
+        """Let the model see the values as they are now, as `Trainable.refresh`."""
+        for trainable in self.parts.values():
+            trainable.refresh()
+
     def train(self, names: Collection[str]) -> None:
         """From now on compute gradients of these trainables, and of no others."""
         for name, trainable in self.parts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from fastppt.trainables.arena import ALIGNMENT, ParameterArena
 
@@ -46,6 +47,28 @@ def test_working_copy_is_the_values_in_another_dtype_and_follows_when_told() -> 
     for tensor, working in zip(arena.tensors, arena.working, strict=True):
         assert working.shape == tensor.shape and not working.requires_grad
         assert torch.equal(working, tensor.bfloat16())
+
+
+def test_parameters_that_are_taken_over_are_views_with_their_values() -> None:
+    parameters = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((3, 5), (7,))]
+    values = [parameter.detach().clone() for parameter in parameters]
+    arena = ParameterArena(
+        [(3, 5), (7,)],
+        torch.device("cpu"),
+        torch.float32,
+        torch.bfloat16,
+        grad_dtype=torch.bfloat16,
+    )
+    arena.take_over(parameters)
+    for parameter, value, tensor in zip(parameters, values, arena.tensors, strict=True):
+        assert torch.equal(parameter, value) and torch.equal(tensor.bfloat16(), value)
+    assert arena.flat.dtype == torch.float32 and arena.grad.dtype == torch.bfloat16
+    arena.working_copy.fill_(3)
+    sum((parameter**2).sum() for parameter in parameters).backward()
+    assert all((parameter == 3).all() for parameter in parameters)
+    assert arena.grad.sum() == 6 * 22
+    arena.require_grad(False)
+    assert not any(each.requires_grad for each in (*parameters, arena.flat))
 
 
 def test_values_of_the_working_dtype_have_no_copy() -> None:
