@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
 from fastppt.families.attention import Projections, TextAttention
+from fastppt.families.sampling import SamplerTable
 from fastppt.families.text_encoders import TextEncoders
 
 
@@ -100,6 +101,8 @@ class Family(Protocol):
     text encoders by component and path."""
     second_half: tuple[str, ...]
     """Patterns of the projections that `lora.targets = "up"` stands for."""
+    text_weights: tuple[str, ...]
+    """Patterns of the parameters that make keys and values of the text."""
     kohya_model_version: str
     """What sd-scripts calls the base model."""
     modelspec_architecture: str
@@ -114,6 +117,16 @@ class Family(Protocol):
     """Where the features of `feature_layers` have their channels: 1 or -1."""
     indicator_temperature: float
     """How sharply the overfitting indicator answers unless a run says so."""
+    sampler: str
+    """How class images are drawn unless a run says so: `ddim` or `euler`."""
+    sampler_steps: int
+    """Steps of the family's diffusers pipeline unless it is given others."""
+    sampler_guidance: float
+    """Guidance scale of that pipeline, likewise."""
+
+    @property
+    def vae(self) -> nn.Module:
+        """What encodes photos and decodes latents."""
 
     def make_adaptable(self) -> list[Projections]:
         """Give every attention a processor with places for adapters.
@@ -150,6 +163,9 @@ class Family(Protocol):
 
     def decode_latents(self, latents_bchw: Tensor) -> Tensor:
         """Return pixels [B, 3, H, W] of latents [B, C, h, w]; the VAE must be on the device."""
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of pictures of (height, width) pixels."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return the prompts' embeddings on the device, in the network's dtype."""
@@ -203,6 +219,9 @@ class Family(Protocol):
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B] int64 in 0..num_timesteps-1, least noise first, as the family draws them."""
 
+    def signal_to_noise(self) -> Tensor | None:
+        """Return abar_t / (1 - abar_t) by timestep, [T]; None of a model not trained by DDPM."""
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the noisy latents z_t [B, C, h, w]."""
 
@@ -213,6 +232,18 @@ class Family(Protocol):
         self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
     ) -> Tensor:
         """Run the network once; returns its prediction [B, C, h, w] in the network's dtype."""
+
+    def predict_at(
+        self, noisy: Tensor, times: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the network as `predict` does, told the time itself, [B] float: between timesteps."""
+
+    def sampler_table(self, sampler: str, steps: int) -> SamplerTable:
+        """Return the steps of a sampler, `ddim` or `euler`, by the model's own noise schedule.
+
+        Raises:
+            UserError: the model has no such sampler.
+        """
 
     def sample(
         self,

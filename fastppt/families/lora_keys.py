@@ -110,6 +110,8 @@ MODEL_NAMES = {
     "stable-diffusion-v3": "sd3",
 }
 MODEL_NAME_KEYS = ("ss_base_model_version", "modelspec.architecture")
+# Where files of fastppt name the family itself.
+FAMILY_KEY = "fastppt.family"
 
 # Layers of a UNet that one family has and the other has not.
 ONLY_SD = re.compile(r"down_blocks\.0\.attentions\.|up_blocks\.[23]\.attentions\.")
@@ -219,6 +221,8 @@ def detect_family(
         metadata: The file's own.
         kohya_names: The layers' names in a file of the kohya form.
     """
+    if metadata.get(FAMILY_KEY) in LAYOUTS:
+        return Detection(metadata[FAMILY_KEY], f"{FAMILY_KEY} = {metadata[FAMILY_KEY]}")
     found = dict(_clues(layers, kohya_names))
     for key in MODEL_NAME_KEYS:
         if name := metadata.get(key):

@@ -8,10 +8,13 @@ does diffusers' ``from_single_file``, whose conversion (``single_file_utils.py``
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastppt.families.checkpoints import VELOCITY_MARK, ZERO_SNR_MARK
 
 State = dict[str, Tensor]
 
@@ -116,6 +119,7 @@ def original_layout(pipeline: Any) -> State:
             parts["model.diffusion_model."] = _unet(pipeline.unet)
             parts["conditioner.embedders.0.transformer."] = _clip(pipeline.text_encoder)
             parts["conditioner.embedders.1.model."] = _open_clip(pipeline.text_encoder_2)
+            parts[""] = _marks(pipeline.scheduler.config)
         case "StableDiffusion3Pipeline":
             parts["model.diffusion_model."] = _joint_transformer(pipeline.transformer)
             parts["text_encoders.clip_l.transformer."] = _clip(pipeline.text_encoder)
@@ -124,7 +128,18 @@ def original_layout(pipeline: Any) -> State:
                 parts["text_encoders.t5xxl.transformer."] = pipeline.text_encoder_3.state_dict()
         case name:
             raise AssertionError(name)
-    return {prefix + key: tensor for prefix, state in parts.items() for key, tensor in state.items()}
+    return {
+        prefix + key: tensor for prefix, state in parts.items() for key, tensor in state.items()
+    }
+
+
+def _marks(scheduler: Mapping[str, Any]) -> State:
+    """Return the empty tensors by which programs tell how the model was trained."""
+    is_marked = {
+        VELOCITY_MARK: scheduler.get("prediction_type") == "v_prediction",
+        ZERO_SNR_MARK: bool(scheduler.get("rescale_betas_zero_snr")),
+    }
+    return {mark: torch.empty(0) for mark, wanted in is_marked.items() if wanted}
 
 
 def _unet(unet: Any) -> State:

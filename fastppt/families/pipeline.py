@@ -107,6 +107,17 @@ class PipelineFamily:
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return pixels
 
+    @property
+    def vae(self) -> nn.Module:
+        """What encodes photos and decodes latents."""
+        vae: nn.Module = self._pipeline.vae
+        return vae
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of pictures of (height, width) pixels."""
+        height, width = (side // self._pipeline.vae_scale_factor for side in size)
+        return self._pipeline.vae.config.latent_channels, height, width
+
     def truncated_text(self, prompt: str) -> str | None:
         """Return the end of a prompt that no text encoder reads, as `Family` says.
 

@@ -31,6 +31,7 @@ class StableDiffusion(UNetFamily):
     unread_projections: tuple[str, ...] = ()
     # T of Adaptive Personalized Training (arXiv 2507.02687) for 2.1; for 1.x it is our choice.
     indicator_temperature = 100.0
+    sampler, sampler_guidance = "ddim", 7.5
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -89,13 +90,13 @@ class StableDiffusion(UNetFamily):
         """Return [0]: the network is told nothing of sizes."""
         return torch.empty(0, device=self.device, dtype=self._precise)
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    def predict_at(
+        self, noisy: Tensor, times: Tensor, prompts: PromptEmbeddings, sizes: Tensor
     ) -> Tensor:
         """Run the UNet on [B, C, h, w] latents; ``sizes`` is [B, 0]."""
         prediction: Tensor = self.network(
             noisy.to(self.dtype),
-            timesteps,
+            times,
             encoder_hidden_states=prompts.tokens,
             return_dict=False,
         )[0]

@@ -20,6 +20,7 @@ from fastppt.families.attention import Projections
 from fastppt.families.base import PromptEmbeddings, PromptIds
 from fastppt.families.joint_attention import make_joint_adaptable
 from fastppt.families.pipeline import PipelineFamily
+from fastppt.families.sampling import SamplerTable, flow_table
 
 
 class StableDiffusion3(PipelineFamily):
@@ -46,11 +47,12 @@ class StableDiffusion3(PipelineFamily):
     lora_component = "transformer"
     prediction_type = "flow"
     feature_channel_dim = -1
-    # What comes nearest to the cross-attentions' of Custom Diffusion in joint attention (our choice):
-    # the text's keys and values, which the image looks at, with their biases.
+    # What comes nearest to Custom Diffusion's cross-attentions in joint attention (our choice): the
+    # text's keys and values, which the image looks at, with their biases.
     text_weights: tuple[str, ...] = ("*.attn.add_k_proj.*", "*.attn.add_v_proj.*")
     # What Adaptive Personalized Training (arXiv 2507.02687) has for a UNet; our choice here.
     indicator_temperature = 1000.0
+    sampler, sampler_steps, sampler_guidance = "euler", 28, 7.0
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -192,14 +194,29 @@ class StableDiffusion3(PipelineFamily):
         self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
     ) -> Tensor:
         """Run the transformer on [B, C, h, w] latents; it is told s T. ``sizes`` is empty."""
+        return self.predict_at(noisy, self._time_t[timesteps], prompts, sizes)
+
+    def predict_at(
+        self, noisy: Tensor, times: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the transformer, told s T, as `Family` says. ``sizes`` is empty."""
         prediction: Tensor = self.network(
             hidden_states=noisy.to(self.dtype),
             encoder_hidden_states=prompts.tokens,
             pooled_projections=prompts.pooled,
-            timestep=self._time_t[timesteps],
+            timestep=times,
             return_dict=False,
         )[0]
         return prediction
+
+    def sampler_table(self, sampler: str, steps: int) -> SamplerTable:
+        """Return the steps of Euler's method along the flow, as `Family` says."""
+        if sampler != "euler":
+            raise UserError(
+                f"sampler: {sampler} is for models that were trained by DDPM, and "
+                f"{self.model.path} was trained by flow matching; leave it out, or set it to euler"
+            )
+        return flow_table(self._pipeline.scheduler.config, steps)
 
     def _painter(self) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(

@@ -28,6 +28,7 @@ class StableDiffusionXL(UNetFamily):
     # Adaptive Personalized Training, arXiv 2507.02687: the coarser two up blocks, and T.
     aligned_blocks: tuple[str, ...] = ("up_blocks.0", "up_blocks.1")
     indicator_temperature = 1000.0
+    sampler, sampler_guidance = "euler", 5.0
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -78,13 +79,13 @@ class StableDiffusionXL(UNetFamily):
         # Not in bf16, which has no odd numbers past 256: the network embeds them in float32.
         return torch.tensor(sizes, device=self.device, dtype=self._precise)
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    def predict_at(
+        self, noisy: Tensor, times: Tensor, prompts: PromptEmbeddings, sizes: Tensor
     ) -> Tensor:
         """Run the UNet on [B, C, h, w] latents with [B, 6] size conditions."""
         prediction: Tensor = self.network(
             noisy.to(self.dtype),
-            timesteps,
+            times,
             encoder_hidden_states=prompts.tokens,
             added_cond_kwargs={"text_embeds": prompts.pooled, "time_ids": sizes},
             return_dict=False,

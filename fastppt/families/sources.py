@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,12 @@ def cannot_load(model: ModelConfig, error: Exception, hint: str = "") -> UserErr
     return UserError(f"model {model.path}: cannot be loaded ({reason}){hint}")
 
 
-def load_pipeline(model: ModelConfig, family: str, dtype: torch.dtype) -> Any:
+def load_pipeline(
+    model: ModelConfig,
+    family: str,
+    dtype: torch.dtype,
+    given: Mapping[str, nn.Module] | None = None,
+) -> Any:
     """Load the stock pipeline with the components that the family uses, on the CPU, and check it.
 
     Args:
@@ -101,20 +107,23 @@ def load_pipeline(model: ModelConfig, family: str, dtype: torch.dtype) -> Any:
         family: What that said.
         dtype: Of the weights. The VAE is kept in float32 (float64 for float64): bf16 latents are
             visibly coarser.
+        given: Components that are taken as they are instead of loaded.
 
     Raises:
         UserError: it cannot be read, is not whole, or holds a value that is no number.
     """
     assert model.path is not None
+    given = given or {}
     match source_of(model.path):
         case "mini model":
             pipeline = _build_mini(model, family, torch.promote_types(dtype, torch.float32))
+            pipeline.register_modules(**given)
         case "single file":
-            pipeline = _load_single_file(model, family, dtype)
+            pipeline = _load_single_file(model, family, dtype, given)
         case "diffusers folder":
-            pipeline = _load_folder(model, Path(model.path), family, dtype)
+            pipeline = _load_folder(model, Path(model.path), family, dtype, given)
         case "hub id":
-            pipeline = _load_folder(model, _download(model, family), family, dtype)
+            pipeline = _load_folder(model, _download(model, family), family, dtype, given)
     return pipeline
 
 
@@ -204,18 +213,25 @@ def _download(model: ModelConfig, family: str) -> Path:
     return Path(folder)
 
 
-def _load_folder(model: ModelConfig, folder: Path, family: str, dtype: torch.dtype) -> Any:
+def _load_folder(
+    model: ModelConfig,
+    folder: Path,
+    family: str,
+    dtype: torch.dtype,
+    given: Mapping[str, nn.Module],
+) -> Any:
     left_out = _left_out(model, family) | _null_components(folder, family)
     num_values = check_files(model, folder, family)
     vae_dtype = torch.promote_types(dtype, torch.float32)
     try:
-        given = _given_vae(model, str(folder), vae_dtype)
+        vae = _given_vae(model, str(folder), vae_dtype)
         pipeline = _pipeline_class(family).from_pretrained(
             str(folder),
             variant=model.variant,
             dtype={"vae": vae_dtype, "default": dtype},
             use_safetensors=True,
             **left_out,
+            **vae,
             **given,
             **PIPELINE_OPTIONS.get(family, {}),
         )
@@ -227,7 +243,9 @@ def _load_folder(model: ModelConfig, folder: Path, family: str, dtype: torch.dty
     return pipeline
 
 
-def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> Any:
+def _load_single_file(
+    model: ModelConfig, family: str, dtype: torch.dtype, given: Mapping[str, nn.Module]
+) -> Any:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -259,6 +277,7 @@ def _load_single_file(model: ModelConfig, family: str, dtype: torch.dtype) -> An
                 local_files_only=offline,
                 **left_out,
                 **vae,
+                **given,
                 **PIPELINE_OPTIONS.get(family, {}),
             )
     except UserError:

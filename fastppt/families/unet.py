@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
+from fastppt.families.base import PromptEmbeddings
 from fastppt.families.pipeline import PipelineFamily
+from fastppt.families.sampling import SamplerTable, ddim_table, euler_table
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -35,7 +37,10 @@ class UNetFamily(PipelineFamily):
     repeated_blocks: tuple[str, ...] = ("BasicTransformerBlock",)
     largest_side: int | None = None
     second_half: tuple[str, ...] = ("up_blocks.*",)
+    # Custom Diffusion (arXiv 2212.04488), section 3.2.
+    text_weights: tuple[str, ...] = ("*.attn2.to_k.weight", "*.attn2.to_v.weight")
     feature_channel_dim = 1
+    sampler_steps = 50
 
     def __init__(
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -65,6 +70,7 @@ class UNetFamily(PipelineFamily):
         alphas = scheduler.alphas_cumprod.to(device, self._precise)
         self._signal_t = alphas.sqrt()
         self._noise_t = (1 - alphas).sqrt()
+        self._signal_to_noise_t: Tensor = alphas / (1 - alphas)
 
     def feature_layers(self) -> dict[str, nn.Module]:
         """Return what ends each layer of a block, a resnet or the attention after it, by path."""
@@ -93,6 +99,10 @@ class UNetFamily(PipelineFamily):
             self.num_timesteps, (batch_size,), generator=generator, device=self.device
         )
 
+    def signal_to_noise(self) -> Tensor:
+        """Return abar_t / (1 - abar_t) by timestep, [T], float32 (float64 of a float64 network)."""
+        return self._signal_to_noise_t
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e (DDPM, arXiv 2006.11239, eq. 4)."""
         return self._at(self._signal_t, timesteps) * latents + (
@@ -109,6 +119,23 @@ class UNetFamily(PipelineFamily):
         return self._at(self._signal_t, timesteps) * noise - (
             self._at(self._noise_t, timesteps) * latents
         )
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the UNet on [B, C, h, w] latents; it is told the timesteps as they are."""
+        return self.predict_at(noisy, timesteps, prompts, sizes)
+
+    def predict_at(
+        self, noisy: Tensor, times: Tensor, prompts: PromptEmbeddings, sizes: Tensor
+    ) -> Tensor:
+        """Run the UNet, as `Family` says."""
+        raise NotImplementedError
+
+    def sampler_table(self, sampler: str, steps: int) -> SamplerTable:
+        """Return the steps of DDIM or of Euler's method, as `Family` says."""
+        table = {"ddim": ddim_table, "euler": euler_table}[sampler]
+        return table(self._pipeline.scheduler.config, steps)
 
     @staticmethod
     def _at(table_t: Tensor, timesteps: Tensor) -> Tensor:

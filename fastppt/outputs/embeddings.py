@@ -26,13 +26,18 @@ from torch import Tensor
 from fastppt.config import RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.lora_keys import EMBEDDING_FAMILIES, EMBEDDING_KEYS
+from fastppt.families.lora_keys import EMBEDDING_FAMILIES, EMBEDDING_KEYS, FAMILY_KEY
 from fastppt.outputs.adapters import DTYPES
 from fastppt.outputs.files import write_file
-from fastppt.outputs.lora_metadata import WORD_KEY, file_content, learned_word, model_spec
+from fastppt.outputs.lora_metadata import (
+    BASE_KEY,
+    WORD_KEY,
+    file_content,
+    learned_word,
+    model_spec,
+)
 
 SUFFIX = ".safetensors"
-FAMILY_KEY = "fastppt.family"
 # What sd-scripts writes for the word of a file of one tensor, and old files of A1111.
 NAMELESS = ("emb_params", "*")
 FLOATS = (torch.float64, *DTYPES.values())
@@ -91,10 +96,10 @@ def write_embedding(
     }
     metadata = {"format": "pt", WORD_KEY: word} | {
         "fastppt.class_noun": str(config.prompts.class_noun),
-        "fastppt.base_model": str(config.model.path),
+        BASE_KEY: str(config.model.path),
         FAMILY_KEY: family.name,
     }
-    metadata |= model_spec(config, family, path.stem, kind="textual-inversion", trigger=word)
+    metadata |= model_spec(config, family, path.stem, kind="/textual-inversion", trigger=word)
     write_file(path, file_content(tensors, metadata))
     return path
 

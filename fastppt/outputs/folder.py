@@ -11,14 +11,13 @@ from pathlib import Path
 from fastppt.config import RunConfig
 from fastppt.config_io import build_config, render_toml
 from fastppt.errors import UserError
-from fastppt.outputs.files import ERROR_LOG, write_file
+from fastppt.outputs.files import ERROR_LOG, STATE_FILE, write_file
 from fastppt.outputs.lock import check_place
-from fastppt.outputs.lora_files import files_of_run
+from fastppt.outputs.lora_metadata import learned_word
+from fastppt.outputs.results import files_of_run
 
 # Bytes, on every file system that is in use.
 LONGEST_NAME = 255
-# What a checkpoint keeps beside the files of a run.
-STATE_FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
     """
     assert config.output is not None
     folder = RunFolder(config.output)
-    check_names(files_of_run(config))
+    check_names(config)
     check_place(config.output)
     own: list[Path] = []
     if folder.config.exists():
@@ -117,27 +116,24 @@ def check_output(config: RunConfig, overwrite: bool) -> RunFolder:
     return folder
 
 
-def check_names(names: list[str]) -> None:
+def check_names(config: RunConfig) -> None:
     """Refuse names of the run's files that are the same, or too long.
 
     Args:
-        names: As `files_of_run` returns them: of two LoRA files, and of a learned word.
+        config: The run's, which may name its files and a learned word.
     """
-    flags = ("--name", "--name", "--token")
+    names = files_of_run(config)
     for index, name in enumerate(names):
-        stem = Path(name).stem
-        # The word lies in checkpoints, too.
-        taken = names[:index] if index < 2 else [*names[:index], STATE_FILE]
-        if name in taken:
+        # The word's file is the last; it lies in checkpoints, too.
+        is_word = learned_word(config) is not None and index == len(names) - 1
+        key, stem = "token" if is_word else "name", Path(name).stem
+        if name in (*names[:index], *([STATE_FILE] if is_word else [])):
             raise UserError(
-                f"{flags[index].removeprefix('--')} {stem}: gives {name}, the name of another "
-                f"file of the run; pass another {flags[index]}"
+                f"{key} {stem}: gives {name}, the name of another file of the run; "
+                f"pass another --{key}"
             )
         if len(f".{name}.{os.getpid()}.tmp".encode()) > LONGEST_NAME:
-            raise UserError(
-                f"{flags[index].removeprefix('--')} {stem}: is too long for a file's name; pass a "
-                f"shorter {flags[index]}"
-            )
+            raise UserError(f"{key} {stem}: is too long for a file's name; pass a shorter --{key}")
 
 
 def delete_leftovers(folder: RunFolder, config: RunConfig) -> None:

@@ -12,23 +12,33 @@ import torch
 from pydantic import ValidationError
 
 from fastppt.config import ModelConfig, RunConfig, SamplesConfig
-from fastppt.config_io import build_config
 from fastppt.data.prompts import quiet_truncation
 from fastppt.errors import UserError
 from fastppt.families.attention import Projections
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family, resolve_resolution
-from fastppt.outputs.embeddings import check_fits, read_embedding
+from fastppt.outputs.embeddings import check_fits, embedding_name, read_embedding
 from fastppt.outputs.files import write_file
-from fastppt.outputs.lora_files import LoraWeights, Weights, find_lora_file, read_lora_file
-from fastppt.outputs.lora_forms import is_peft_folder
+from fastppt.outputs.finished import CONFIG_FILE, run_config_of
+from fastppt.outputs.lora_files import (
+    LoraWeights,
+    Weights,
+    find_lora_file,
+    has_lora,
+    read_lora_file,
+)
+from fastppt.outputs.lora_metadata import learned_word
+from fastppt.outputs.lora_parsing import PEFT_PREFIX
+from fastppt.outputs.network_files import put_network_, read_tensors
+from fastppt.outputs.peft_form import WEIGHTS_FILE
 from fastppt.outputs.samples import png_bytes
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables.tokens import LearnedTokens
-from fastppt.trainables.trainables import Trainables
-from fastppt.trainables_config import LoraConfig
+from fastppt.trainables.trainable import Trainable
+from fastppt.trainables.trainables import LORA, Trainables
+from fastppt.trainables_config import AdapterConfig, LoraConfig
 
-CONFIG_FILE = "config.toml"
 # Bytes of a prompt in a picture's name, to which a seed is added.
 LONGEST_STEM = 60
 # The keys of the model table that say which model it is, and those that say how it reads prompts.
@@ -38,31 +48,11 @@ PROMPT_KEYS = {"large_text_encoder", "max_tokens"}
 logger = logging.getLogger(__name__)
 
 
-def run_config_of(lora: Path) -> RunConfig | None:
-    """Return the configuration of the run that a LoRA is of; None where there is none.
-
-    Raises:
-        UserError: a file of that name is no configuration of a run.
-    """
-    folder = lora.absolute() if lora.is_dir() else lora.absolute().parent
-    # Beside the LoRA, which peft makes a folder of, or two levels up from OUT/checkpoints/step-N.
-    beside = folder.parent if is_peft_folder(lora) else folder
-    for place in (beside, folder.parent.parent):
-        if (place / CONFIG_FILE).is_file():
-            try:
-                return build_config(file=place / CONFIG_FILE)
-            except UserError as error:
-                raise UserError(
-                    f"{error}\nIt lies where the configuration of the LoRA's run is looked for; "
-                    "if it is none, move the LoRA to another folder"
-                ) from None
-    return None
-
-
 def generate(
-    lora: Path,
+    lora: Path | None,
     prompt: str,
     *,
+    run: Path | None = None,
     count: int,
     seed: int | None,
     steps: int | None,
@@ -72,51 +62,62 @@ def generate(
     model: Mapping[str, Any],
     embedding: Path | None = None,
 ) -> list[Path]:
-    """Draw pictures with a LoRA and write them as PNG files.
+    """Draw pictures with what a run has trained, or with a LoRA, and write them as PNG files.
 
     Picture i is drawn from ``seed + i``. What is None is taken from the run's configuration.
 
     Args:
-        lora: The folder of a run, or a LoRA file.
+        lora: The folder of a run, or a LoRA file; None where ``run`` is given.
         prompt: What to draw.
+        run: The folder of a run or of a checkpoint, whatever it trained.
         count: Number of pictures.
         seed: Of the first picture.
         steps: Sampler steps.
         guidance_scale: Classifier-free guidance.
         resolution: Side of the pictures in pixels.
-        output: Folder for the pictures; `generated` beside the LoRA if None.
+        output: Folder for the pictures; `generated` in the run's folder, or beside the LoRA, if
+            None.
         model: Keys of the `model` table that win over the run's; None leaves one to the run. The
             path is needed where no run's configuration names it.
         embedding: File of a learned word; None looks beside the LoRA for that of its own.
 
     Raises:
-        UserError: no LoRA there, no base model known, the two do not fit, or the prompt says a
-            learned word whose file is not there.
+        UserError: no run or LoRA there, no base model known, the two do not fit, or the prompt
+            says a learned word whose file is not there.
     """
-    file = find_lora_file(lora)
-    config = run_config_of(lora)
-    if config is None and model.get("path") is None:
-        raise UserError(f"LoRA {lora}: no {CONFIG_FILE} beside it; pass --model")
+    if run is not None and lora is None:
+        config: RunConfig | None = (trained := find_run(run))
+        family = load_family(_model_config(config, model))
+        install_run(family, run, trained, embedding, prompt)
+        folder = run
+    elif lora is not None and run is None:
+        file, config = find_lora_file(lora), run_config_of(lora)
+        _refuse_half(lora, config)
+        if config is None and model.get("path") is None:
+            raise UserError(f"LoRA {lora}: no {CONFIG_FILE} beside it; pass --model")
+        family = load_family(_model_config(config, model))
+        weights = read_lora_file(file, family)
+        install_lora(family, weights)
+        word_file = find_word(file, weights.word, weights.word_file, embedding, prompt)
+        if word_file is not None:
+            install_word(family, word_file, prompt)
+        folder = file.parent
+    else:
+        raise UserError("pass --run FOLDER or --lora FILE: one of them, and not both")
     samples = config.samples if config else SamplesConfig()
-    family = load_family(_model_config(config, model))
-    weights = read_lora_file(file, family)
-    install_lora(family, weights)
-    word_file = find_word(weights, embedding, prompt)
-    if word_file is not None:
-        install_word(family, word_file, prompt)
     trained_at = config.photos.resolution if config else None
     side = resolve_resolution(resolution or trained_at, family)
     first = samples.seed if seed is None else seed
     seeds = range(first, first + count)
-    folder = output or file.parent / "generated"
-    paths = [folder / f"{_stem(prompt)}-{number}.png" for number in seeds]
+    pictures = output or folder / "generated"
+    paths = [pictures / f"{_stem(prompt)}-{number}.png" for number in seeds]
     unread = family.truncated_text(prompt)
     if unread is not None:
         model_path = family.model.path
         logger.warning("--prompt is longer than %s reads; it does not see: %s", model_path, unread)
     with quiet_truncation():
         embeddings = family.encode_prompts([prompt])
-    pictures = family.sample(
+    drawn = family.sample(
         embeddings[torch.zeros(count, dtype=torch.int64)],
         family.encode_negative(),
         seeds=seeds,
@@ -124,9 +125,62 @@ def generate(
         steps=steps or samples.steps,
         guidance_scale=samples.guidance_scale if guidance_scale is None else guidance_scale,
     )
-    for path, picture in zip(paths, pictures, strict=True):
+    for path, picture in zip(paths, drawn, strict=True):
         write_file(path, png_bytes(picture))
     return paths
+
+
+def find_run(folder: Path) -> RunConfig:
+    """Return the configuration of the run whose folder, or checkpoint, it is.
+
+    Raises:
+        UserError: it is none.
+    """
+    config = run_config_of(folder) if folder.is_dir() else None
+    if config is None or config.output is None:
+        raise UserError(f"run {folder}: is no folder of a run (no {CONFIG_FILE}), nor a checkpoint")
+    return config
+
+
+def install_run(
+    family: Family, folder: Path, config: RunConfig, embedding: Path | None, prompt: str
+) -> None:
+    """Put what a run has trained into a family of its base model.
+
+    Args:
+        family: New.
+        folder: Of the run or of a checkpoint.
+        config: The run's.
+        embedding: As of `find_word`.
+        prompt: Likewise.
+
+    Raises:
+        UserError: a file is missing, or does not fit.
+    """
+    weights = read_lora_file(find_lora_file(folder), family) if has_lora(config) else None
+    _, table = config.trainables.get(config.network or "", (0, None))
+    if isinstance(table, AdapterConfig):
+        _install_adapters(family, folder, table)
+        if weights is not None:
+            _install_text(family, weights)
+    else:
+        if config.network not in (None, LORA):
+            put_network_(family.network, family.lora_component, folder, config)
+        install_lora(family, weights)
+    word = learned_word(config)
+    own_file = None if word is None else folder.absolute() / embedding_name(word)
+    word_file = find_word(folder, word, own_file, embedding, prompt)
+    if word_file is not None:
+        install_word(family, word_file, prompt)
+
+
+def _refuse_half(lora: Path, config: RunConfig | None) -> None:
+    """Refuse the LoRA of text encoders for all that a run has trained."""
+    if lora.is_dir() and config is not None and config.network not in (None, LORA):
+        raise UserError(
+            f"LoRA {lora}: that run trained the network by {config.network}, and its LoRA file has "
+            f"adapters of text encoders alone; pass --run {lora}"
+        )
 
 
 def _model_config(config: RunConfig | None, given: Mapping[str, Any]) -> ModelConfig:
@@ -144,18 +198,41 @@ def _model_config(config: RunConfig | None, given: Mapping[str, Any]) -> ModelCo
         ) from None
 
 
-def install_lora(family: Family, weights: LoraWeights) -> Trainables:
+def install_lora(family: Family, weights: LoraWeights | None) -> Trainables:
     """Put the adapters of a LoRA file into the family's network and text encoders.
+
+    Args:
+        family: Whose attention runs by its model's backend from here on, with a LoRA or without.
+        weights: None for no adapters.
 
     Raises:
         UserError: they do not fit.
     """
-    lora = _install(family, family.make_adaptable(), weights.network, weights.file)
-    if not weights.text:
-        return Trainables({"lora": lora})
+    groups = family.make_adaptable()
+    parts: dict[str, Trainable] = {}
+    if weights is not None and weights.network:
+        parts["lora"] = _install(family, groups, weights.network, weights.file)
+    if weights is not None and weights.text:
+        parts["text_encoder_lora"] = _install_text(family, weights)
+    return Trainables(parts)
+
+
+def _install_adapters(family: Family, folder: Path, table: AdapterConfig) -> None:
+    """Put adapters in peft's form where those of a training are, so that they run like them."""
+    file = folder / WEIGHTS_FILE
+    saved = {key.removeprefix(PEFT_PREFIX): each for key, each in read_tensors(file)[0].items()}
+    adapters = PeftAdapters(
+        family.make_adaptable(), table, seed=0, device=family.device, key=f"{file}"
+    )
+    for name, tensor in adapters.tensors.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise UserError(f"{file}: has no {name} of {list(tensor.shape)}; is it of this model?")
+        tensor.copy_(saved[name])
+
+
+def _install_text(family: Family, weights: LoraWeights) -> LoraAdapters:
     places = family.text.make_adaptable(family.unread_projections)
-    text = _install(family, places, weights.text, weights.file)
-    return Trainables({"lora": lora, "text_encoder_lora": text})
+    return _install(family, places, weights.text, weights.file)
 
 
 def _install(
@@ -173,26 +250,29 @@ def _install(
     return adapters
 
 
-def find_word(weights: LoraWeights, given: Path | None, prompt: str) -> Path | None:
+def find_word(
+    source: Path, word: str | None, file: Path | None, given: Path | None, prompt: str
+) -> Path | None:
     """Return the embedding file to load; None where the prompt says no learned word.
 
     Args:
-        weights: The LoRA, which may name the learned word that it goes with.
+        source: The LoRA, or the run's folder.
+        word: The learned word that goes with it, if any.
+        file: Where the embedding of that belongs.
         given: The embedding file that the user names, if any.
         prompt: What to draw.
 
     Raises:
-        UserError: the prompt says the LoRA's word, and there is no file of it.
+        UserError: the prompt says the word, and there is no file of it.
     """
-    word = weights.word
     if given is not None or word is None or word.lower() not in prompt.lower():
         return given
-    if weights.word_file is None or not weights.word_file.is_file():
+    if file is None or not file.is_file():
         raise UserError(
-            f"LoRA {weights.file}: goes with the learned word {word}, which the prompt says, and "
-            f"there is no embedding {weights.word_file}; pass --embedding FILE"
+            f"LoRA {source}: goes with the learned word {word}, which the prompt says, and there "
+            f"is no embedding {file}; pass --embedding FILE"
         )
-    return weights.word_file
+    return file
 
 
 def install_word(family: Family, path: Path, prompt: str) -> LearnedTokens:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import platform
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -71,6 +71,39 @@ def lock_output(folder: Path, console: Console) -> Iterator[None]:
     finally:
         lock.release()
         _remove_empty(missing)
+
+
+@contextmanager
+def wait_for_folder(folder: Path, on_wait: Callable[[], object]) -> Iterator[bool]:
+    """Hold a folder of a cache; where another process holds it, wait until that ends.
+
+    The lock is that of `lock_output`, on a file that stays. Where the file system has no locks it
+    is not held: what is written must be whole file by file, and the same from every process.
+
+    Args:
+        folder: Made if it is missing.
+        on_wait: Called before the waiting, where there is some.
+
+    Returns:
+        A context, in it whether the folder is held.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+    """
+    is_held = True
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("ab") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            is_held = False
+        yield is_held
 
 
 class _Lock:

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from fastppt.config import RunConfig
-from fastppt.config_io import build_config
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.lora_keys import Detection, has_kohya_form
+from fastppt.families.lora_keys import FAMILY_KEY, Detection, LayerName, has_kohya_form
 from fastppt.families.text_encoders import PROJECTIONS
 from fastppt.outputs.adapters import DTYPES, Adapter, Form, LoraFile
 from fastppt.outputs.embeddings import SUFFIX, embedding_name, write_embedding
+from fastppt.outputs.finished import run_config_of
 from fastppt.outputs.lora_forms import is_peft_folder, read_lora, write_lora
 from fastppt.outputs.lora_metadata import WORD_KEY, learned_word, run_metadata, word_entry
 from fastppt.trainables.lora import LoraPair
-from fastppt.trainables.trainables import Trainables
+from fastppt.trainables.trainables import LORA, TEXT_ENCODER_LORA, Trainables
 
-CONFIG_FILE = "config.toml"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # What of a text encoder can be adapted.
 TEXT_PROJECTIONS = tuple(f"self_attn.{name}" for name in PROJECTIONS)
@@ -38,9 +37,10 @@ def write_lora_files(
     trainables: Trainables,
     photo_counts: Mapping[tuple[int, int], int],
 ) -> list[Path]:
-    """Write what was trained for diffusers and, with all metadata, for other programs.
+    """Write adapters and words for diffusers and, with all metadata, for other programs.
 
     The second LoRA file has the kohya form where the family has one, else the diffusers form again.
+    Without adapters there is no LoRA file, and without a word no embedding.
 
     Args:
         folder: Where to.
@@ -52,14 +52,16 @@ def write_lora_files(
     Returns:
         The files' paths: diffusers' LoRA, the other LoRA, and the embedding of a learned word.
     """
-    diffusers_file, *others = write_diffusers_files(folder, config, family, trainables)
-    named_file = folder / f"{run_name(config)}{SUFFIX}"
+    files = write_diffusers_files(folder, config, family, trainables)
+    adapters = trainables.lora or trainables.text_encoder_lora
+    if adapters is None:
+        return files
+    diffusers_file, *others = files
+    named_file = folder / f"{lora_name(config)}{SUFFIX}"
     form: Form = "kohya" if has_kohya_form(family.name) else "diffusers"
-    adapters = trainables.lora
-    assert adapters is not None
     # Other programs than diffusers take alpha for the rank in its form: there it is folded.
     alpha = adapters.alpha if form == "kohya" else float(adapters.rank)
-    metadata = run_metadata(config, family, adapters.rank, alpha, run_name(config), photo_counts)
+    metadata = run_metadata(config, family, adapters.rank, alpha, named_file.stem, photo_counts)
     lora = lora_of_run(family, trainables, metadata)
     lora = lora if form == "kohya" else lora.folded()
     write_lora(named_file, lora.cast(DTYPES[config.save_dtype]), form)
@@ -74,29 +76,36 @@ def write_diffusers_files(
     Returns:
         The files' paths: the LoRA, and the embedding where a word is trained.
     """
-    file = folder / DIFFUSERS_FILE
-    lora = lora_of_run(family, trainables, word_entry(config))
-    write_lora(file, lora.folded().cast(DTYPES[config.save_dtype]), "diffusers")
-    if trainables.tokens is None:
-        return [file]
-    return [file, write_embedding(folder, config, family, trainables.tokens.rows)]
+    files = []
+    if trainables.pairs:
+        files.append(folder / DIFFUSERS_FILE)
+        metadata = {FAMILY_KEY: family.name} | word_entry(config)
+        lora = lora_of_run(family, trainables, metadata)
+        write_lora(files[0], lora.folded().cast(DTYPES[config.save_dtype]), "diffusers")
+    if trainables.tokens is not None:
+        files.append(write_embedding(folder, config, family, trainables.tokens.rows))
+    return files
 
 
-def files_of_run(config: RunConfig) -> list[str]:
+def lora_files_of_run(config: RunConfig) -> list[str]:
     """Return the names of the files that `write_lora_files` leaves."""
     word = learned_word(config)
-    names = [DIFFUSERS_FILE, f"{run_name(config)}{SUFFIX}"]
+    names = [DIFFUSERS_FILE, f"{lora_name(config)}{SUFFIX}"] if has_lora(config) else []
     return names if word is None else [*names, embedding_name(word)]
+
+
+def has_lora(config: RunConfig) -> bool:
+    """Say whether a run leaves LoRA files: of the network, of the text encoders, or of both."""
+    return not {LORA, TEXT_ENCODER_LORA}.isdisjoint(config.trainables)
 
 
 def lora_of_run(family: Family, trainables: Trainables, metadata: dict[str, str]) -> LoraFile:
     """Return a run's adapters as a file in memory, on the host: the network's, then the text's."""
-    adapters = trainables.lora
-    assert adapters is not None
-    copies = {
-        (family.lora_component, pair.name): _on_host(pair, adapters.alpha)
-        for pair in adapters.pairs
-    }
+    copies: dict[LayerName, Adapter] = {}
+    if trainables.lora is not None:
+        alpha = trainables.lora.alpha
+        for pair in trainables.lora.pairs:
+            copies[family.lora_component, pair.name] = _on_host(pair, alpha)
     if trainables.text_encoder_lora is not None:
         alpha = trainables.text_encoder_lora.alpha
         for pair in trainables.text_encoder_lora.pairs:
@@ -106,9 +115,18 @@ def lora_of_run(family: Family, trainables: Trainables, metadata: dict[str, str]
 
 
 def run_name(config: RunConfig) -> str:
-    """Return the name of the run's LoRA file: the config's, or that of the output folder."""
+    """Return the name of the run: the config's, or that of the output folder."""
     assert config.output is not None
     return config.name or config.output.resolve().name or "lora"
+
+
+def lora_name(config: RunConfig) -> str:
+    """Return the name of the LoRA file for other programs than diffusers: the run's.
+
+    Where the network moves otherwise, the file holds adapters of text encoders alone and says so.
+    """
+    ending = "" if config.network in (None, LORA) else "-text"
+    return f"{run_name(config)}{ending}"
 
 
 def find_lora_file(path: Path) -> Path:
@@ -118,16 +136,22 @@ def find_lora_file(path: Path) -> Path:
     place for it.
 
     Raises:
-        UserError: there is none, or it is not a .safetensors file.
+        UserError: there is none, the run left none, or it is not a .safetensors file.
     """
-    if is_peft_folder(path):
+    config = run_config_of(path) if path.is_dir() else None
+    if config is not None and config.output is not None and not has_lora(config):
+        raise UserError(
+            f"LoRA {path}: that run trained {' and '.join(config.trainables)}, which gives no "
+            f"LoRA; `fastppt generate --run {path}` draws with it, and fastppt.load(pipe, "
+            f'"{path}") puts it into a pipeline of diffusers'
+        )
+    if is_peft_folder(path) and not (path / DIFFUSERS_FILE).is_file():
         return path
     file = path
     if path.is_dir():
         file = path / DIFFUSERS_FILE
-        if (path / CONFIG_FILE).is_file():
-            config = build_config(file=path / CONFIG_FILE)
-            named = path / f"{run_name(config)}{SUFFIX}" if config.output else file
+        if config is not None and config.output is not None:
+            named = path / f"{lora_name(config)}{SUFFIX}"
             file = named if named.is_file() else file
     if not file.is_file():
         raise UserError(f"LoRA {path}: there is no file {file}; is the run finished?")
@@ -206,8 +230,8 @@ def read_lora_file(path: Path, family: Family, *, text: bool = True) -> LoraWeig
     if unread:
         note = "LoRA %s: adapters are left out, for nothing reads what these layers give: %s"
         logger.warning(note, file, ", ".join(unread))
-    if not network:
-        raise UserError(f"LoRA {file}: adapts no layer of the network that fastppt could adapt")
+    if not network and not encoders:
+        raise UserError(f"LoRA {file}: adapts no layer that fastppt could adapt")
     return LoraWeights(file, network, encoders, lora.metadata.get(WORD_KEY))
 
 

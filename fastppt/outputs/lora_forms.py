@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from fastppt.families.lora_keys import (
 )
 from fastppt.outputs.adapters import Adapter, Form, LoraFile
 from fastppt.outputs.files import rename, write_file
-from fastppt.outputs.lora_metadata import file_content
+from fastppt.outputs.lora_metadata import TRAINABLE_KEY, file_content
 from fastppt.outputs.lora_parsing import (
     PEFT_PREFIX,
     build_adapters,
@@ -59,6 +60,7 @@ def read_lora(path: Path) -> LoraFile:
     """
     if path.is_dir():
         return _read_peft(path)
+    _refuse_other_kinds(path)
     tensors, metadata = read_safetensors(path)
     metadata.pop("format", None)
     entry = metadata.pop(METADATA_KEY, None)
@@ -69,6 +71,21 @@ def read_lora(path: Path) -> LoraFile:
     tables = PeftTables.from_metadata(path, entry)
     adapters = build_adapters(path, parse_dotted(path, tensors), tables.alpha)
     return LoraFile(adapters, metadata, "diffusers", detect_family(adapters, metadata))
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Refuse what a run has left that is no LoRA, before all of it is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            kind = (file.metadata() or {}).get(TRAINABLE_KEY)
+    except (OSError, SafetensorError):
+        # Which the reader says better.
+        return
+    if kind is not None:
+        raise UserError(
+            f"LoRA {path}: holds {kind} of a fastppt run, no LoRA; `fastppt generate --run OUT` "
+            "draws with the run, and fastppt.load(pipe, OUT) puts it into a pipeline of diffusers"
+        )
 
 
 def write_lora(path: Path, lora: LoraFile, form: Form) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastppt.config import RunConfig
+from fastppt.data.class_images import class_images_in_words
 from fastppt.data.prompts import subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form, is_second_version
@@ -29,6 +30,9 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 # Where a file names the learned word that its prompts want; no other program has a place for it.
 WORD_KEY = "fastppt.word"
+# What else a file of ours says: what was trained, and from which model.
+TRAINABLE_KEY = "fastppt.trainable"
+BASE_KEY = "fastppt.base_model"
 
 
 def run_metadata(
@@ -54,14 +58,14 @@ def run_metadata(
         {"ss_output_name": name}
         | _training_facts(config, family, rank, alpha)
         | _data_facts(config, photo_counts)
-        | model_spec(config, family, name, kind="lora", trigger=subject)
+        | model_spec(config, family, name, kind="/lora", trigger=subject)
         | word_entry(config)
     )
 
 
 def learned_word(config: RunConfig) -> str | None:
     """Return the word whose embeddings a run trains; None where it trains none."""
-    return config.prompts.token if config.stage[0].trainables.tokens is not None else None
+    return config.prompts.token if "tokens" in config.trainables else None
 
 
 def word_entry(config: RunConfig) -> dict[str, str]:
@@ -83,18 +87,29 @@ def _stage_in_words(stage: StageConfig) -> str:
         for name, objective in stage.objectives
         if objective is not None
     ]
+    if stage.objectives.prior_preservation is not None:
+        images = class_images_in_words(stage.objectives.prior_preservation)
+        words.append(f"class images: {images}")
     if stage.base_every > 1:
         words.append(f"base asked every {stage.base_every} steps")
+    if stage.ema_decay > 0:
+        words.append(f"moving average of decay {stage.ema_decay:g}")
     return ", ".join(words)
 
 
 def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) -> dict[str, str]:
     """Return how the adapters were trained, in sd-scripts' words; None is what it writes, too."""
     stage = config.stage[-1]
-    assert stage.trainables.lora is not None
     steps = sum(stage.steps for stage in config.stage)
-    rate = f"{stage.trainables.lora.learning_rate:g}"
-    text = stage.trainables.text_encoder_lora
+    # Of each trainable the last stage's.
+    tables = {n: table for each in config.stage for n, table in each.trainables.given.items()}
+    rates = {name: f"{table.learning_rate:g}" for name, table in tables.items()}
+    network_rate = rates.get(config.network or "", "None")
+    text_rate = rates.get("text_encoder_lora", "None")
+    denoising = stage.objectives.denoising
+    snr_gamma = None
+    if denoising is not None and denoising.weighting == "min_snr":
+        snr_gamma = denoising.snr_gamma
     model = Path(str(config.model.path))
     facts = {
         "ss_network_dim": str(rank),
@@ -111,9 +126,9 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
         "ss_max_train_steps": str(steps),
         "ss_gradient_accumulation_steps": str(stage.gradient_accumulation),
         "ss_gradient_checkpointing": str(config.gradient_checkpointing),
-        "ss_learning_rate": rate,
-        "ss_unet_lr": rate,
-        "ss_text_encoder_lr": "None" if text is None else f"{text.learning_rate:g}",
+        "ss_learning_rate": text_rate if config.network is None else network_rate,
+        "ss_unet_lr": network_rate,
+        "ss_text_encoder_lr": text_rate,
         "ss_lr_scheduler": stage.schedule,
         "ss_lr_warmup_steps": str(stage.warmup_steps),
         "ss_optimizer": "fastppt_kernels.AnchoredAdamW",
@@ -122,7 +137,7 @@ def _training_facts(config: RunConfig, family: Family, rank: int, alpha: float) 
         "ss_full_fp16": "False",
         "ss_cache_latents": "True",
         "ss_noise_offset": "None",
-        "ss_min_snr_gamma": "None",
+        "ss_min_snr_gamma": "None" if snr_gamma is None else f"{snr_gamma:g}",
         "ss_seed": str(config.seed),
         "ss_training_comment": f"fastppt, {config.method}: {objectives_in_words(config)}",
     }
@@ -143,11 +158,12 @@ def _data_facts(config: RunConfig, photo_counts: Mapping[tuple[int, int], int]) 
     stage = config.stage[-1]
     side = config.photos.resolution
     subject = subject_words(config.prompts)
+    prior = stage.objectives.prior_preservation
     assert config.photos.folder is not None
     folder = config.photos.folder.resolve().name
     return {
         "ss_num_train_images": str(num_photos),
-        "ss_num_reg_images": "0",
+        "ss_num_reg_images": "0" if prior is None else str(prior.num_images),
         "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": num_photos}}),
         "ss_reg_dataset_dirs": "{}",
         "ss_tag_frequency": json.dumps({subject: {subject: num_photos}}),
@@ -161,7 +177,7 @@ def _data_facts(config: RunConfig, photo_counts: Mapping[tuple[int, int], int]) 
         "ss_random_crop": "False",
         "ss_shuffle_caption": "False",
         "ss_keep_tokens": "0",
-    }
+    } | ({} if prior is None else {"ss_prior_loss_weight": f"{prior.weight:g}"})
 
 
 def model_spec(
@@ -173,13 +189,13 @@ def model_spec(
         config: The run's, resolved.
         family: Whose model was trained.
         name: Of the file.
-        kind: What the file is to the model: `lora` or `textual-inversion`.
+        kind: What the file is to the model: `/lora` or `/textual-inversion`; empty for a model.
         trigger: The words that show the subject.
     """
     side = config.photos.resolution
     spec = {
         "sai_model_spec": "1.0.0",
-        "architecture": f"{family.modelspec_architecture}/{kind}",
+        "architecture": f"{family.modelspec_architecture}{kind}",
         "implementation": "diffusers",
         "title": name,
         "description": f"{subject_words(config.prompts)}, learned by fastppt ({config.method})",

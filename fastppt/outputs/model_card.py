@@ -4,40 +4,63 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
+from collections.abc import Sequence
 
-from fastppt.config import ModelConfig, RunConfig
+from fastppt.config import RunConfig
+from fastppt.data.class_images import ClassImages
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
-from fastppt.families.lora_keys import EMBEDDING_KEYS, LAYOUTS, has_kohya_form
-from fastppt.families.names import LARGE_TEXT_ENCODERS, MINI_MODELS, PIPELINES
+from fastppt.families.lora_keys import has_kohya_form
+from fastppt.outputs.card_code import card_code, needs_peft
 from fastppt.outputs.embeddings import SUFFIX, embedding_name
-from fastppt.outputs.lora_files import DIFFUSERS_FILE, run_name
+from fastppt.outputs.lora_files import has_lora, lora_name, run_name
 from fastppt.outputs.lora_metadata import objectives_in_words
+from fastppt.outputs.network_files import network_files
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import Trainables
 
+# What was made of the base model, and a tag for it, by what moved in the network.
+KINDS = {
+    "lora": ("A LoRA for", "lora"),
+    "dora": ("A DoRA for", "dora"),
+    "loha": ("A LoHa for", "loha"),
+    "lokr": ("A LoKr for", "lokr"),
+    "oft": ("An OFT adapter for", "oft"),
+    "boft": ("A BOFT adapter for", "boft"),
+    "full": ("A fine-tune of", "dreambooth"),
+    "custom_diffusion": ("A Custom Diffusion of", "custom-diffusion"),
+    "svdiff": ("A set of spectral shifts (SVDiff) for", "svdiff"),
+    "text_encoder_lora": ("A LoRA for the text encoders of", "lora"),
+    "tokens": ("A word for", "textual-inversion"),
+}
+
 
 def model_card(
-    config: RunConfig, family: Family, trainables: Trainables, num_photos: int, seconds: float
+    config: RunConfig,
+    family: Family,
+    trainables: Trainables,
+    num_photos: int,
+    seconds: float,
+    class_images: Sequence[ClassImages] = (),
 ) -> str:
-    """Return the Markdown text."""
+    """Return the Markdown text; ``class_images`` are those of prior preservation, each set once."""
     name, subject = run_name(config), subject_words(config.prompts)
     prompt = subject_prompt(config.prompts)
     path = str(config.model.path)
-    steps = sum(stage.steps for stage in config.stage)
+    what, tag = KINDS[config.network or next(iter(config.trainables))]
+    needs = " (needs `pip install peft`)" if needs_peft(config) else ""
     return f"""\
 ---
 base_model: {json.dumps(path)}
 library_name: diffusers
-tags: [text-to-image, lora, {family.name}, fastppt]
+tags: [text-to-image, {tag}, {family.name}, fastppt]
 instance_prompt: {json.dumps(prompt)}
 ---
 
 # {name}
 
-A LoRA for `{path}` that knows **`{subject}`**, learned by fastppt from {num_photos} photos.
-{_word_note(trainables.tokens)}
+{what} `{path}` that knows **`{subject}`**, learned by fastppt from {num_photos} photos.
+{_word_note(config, trainables.tokens)}
 ## Trigger words
 
 Write `{subject}` where the subject should be: `{prompt}`.
@@ -48,29 +71,28 @@ The plain class, as the base model knows it, is still `{class_prompt(config.prom
 With fastppt:
 
 ```
-fastppt generate --lora . --prompt {shlex.quote(prompt)} --count 4
+fastppt generate --run . --prompt {shlex.quote(prompt)} --count 4
 ```
 
-With diffusers (needs `pip install peft`):
+With diffusers{needs}:
 
 ```python
-{_with_import(_load_code(config.model, family), trainables.tokens)}
-pipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")
-{_word_code(family, trainables.tokens)}{_draw_code(prompt, family, trainables.tokens)}
+{card_code(config, family, trainables.tokens, prompt)}
 ```
 
-In other programs, put the files into
+Where fastppt is installed, `fastppt.load(pipe, ".")` puts all of it into any pipeline of the base.
 
-{_programs(name, prompt, family, trainables.tokens)}
+{_programs(config, prompt, family, trainables.tokens)}
 
 ## How it was made
 
 | | |
 |---|---|
 | recipe | {config.method} |
+| trained, at which learning rate | {_rates(config)} |
 | objectives and their weights | {objectives_in_words(config)} |
-| steps | {steps} in {seconds:.0f} s |
-{_trained_rows(trainables)}
+| steps | {config.steps_in_words} in {seconds:.0f} s |
+{_rows(trainables, class_images)}
 | resolution | {config.photos.resolution} |
 | seed | {config.seed} |
 
@@ -78,11 +100,24 @@ In other programs, put the files into
 """
 
 
-def _trained_rows(trainables: Trainables) -> str:
-    """Return what was trained as rows of a table: adapters, and the learned word."""
+def _rates(config: RunConfig) -> str:
+    """Return what each stage trained, and at which learning rates: `lora 0.0001, tokens 0.0005`."""
+    return "; then ".join(
+        ", ".join(
+            f"{name}{f' ({part})' * bool(part)} {rate:g}"
+            for name, table in stage.trainables.given.items()
+            for part, rate in table.rates.items()
+        )
+        for stage in config.stage
+    )
+
+
+def _rows(trainables: Trainables, class_images: Sequence[ClassImages]) -> str:
+    """Return what was trained as rows of a table: adapters, the learned word, class images."""
     lora, text, tokens = trainables.lora, trainables.text_encoder_lora, trainables.tokens
-    assert lora is not None
-    rows = {"rank, alpha": f"{lora.rank}, {lora.alpha:g}"}
+    rows = {}
+    if lora is not None:
+        rows["rank, alpha"] = f"{lora.rank}, {lora.alpha:g}"
     if text is not None:
         rows["rank, alpha of the text encoders"] = f"{text.rank}, {text.alpha:g}"
     if tokens is not None:
@@ -90,121 +125,51 @@ def _trained_rows(trainables: Trainables) -> str:
         plural = "s" * (len(tokens.words) > 1)
         rows["learned word"] = f"`{tokens.word}`: {len(tokens.words)} vector{plural}{start}"
     rows["trained parameters"] = f"{trainables.num_parameters:,}"
+    if class_images:
+        rows["class images"] = "; then ".join(map(str, class_images))
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _word_note(tokens: LearnedTokens | None) -> str:
+def _word_note(config: RunConfig, tokens: LearnedTokens | None) -> str:
     """Return a line that names the other file that is needed; none without a learned word."""
     if tokens is None:
         return ""
     file = embedding_name(tokens.word)
+    if list(config.trainables) == ["tokens"]:
+        return f"It is `{file}`, the embedding of the learned word `{tokens.word}`.\n"
     return f"It goes with `{file}`, the embedding of the learned word `{tokens.word}`: load both.\n"
 
 
-def _with_import(code: str, tokens: LearnedTokens | None) -> str:
-    """Return Python lines, imports first, with the import that `_word_code` needs among these."""
-    if tokens is None or len(tokens.rows) == 1:
-        return code
-    return code.replace("\n\n", "\nfrom safetensors.torch import load_file\n\n", 1)
-
-
-def _word_code(family: Family, tokens: LearnedTokens | None) -> str:
-    """Return the Python lines that teach diffusers' pipeline the learned word; none without one."""
-    if tokens is None:
-        return ""
-    file, word = json.dumps(embedding_name(tokens.word)), json.dumps(tokens.word)
-    if len(tokens.rows) == 1:
-        return f"pipe.load_textual_inversion({file}, token={word})\n"
-    code = f"word = load_file({file})\n"
-    encoders = [
-        (
-            f"word[{json.dumps(EMBEDDING_KEYS[name])}]",
-            name,
-            name.replace("text_encoder", "tokenizer"),
-        )
-        for name in tokens.rows
-    ]
-    if LAYOUTS[family.name].pipeline_loads_words:
-        for rows, encoder, tokenizer in encoders:
-            code += f"pipe.load_textual_inversion(\n    {rows}, token={word},\n"
-            code += f"    tokenizer=pipe.{tokenizer}, text_encoder=pipe.{encoder},\n)\n"
-        return code
-    # By hand, what load_textual_inversion does.
-    code += "for tokenizer, text_encoder, rows in (\n"
-    for rows, encoder, tokenizer in encoders:
-        code += f"    (pipe.{tokenizer}, pipe.{encoder}, {rows}),\n"
-    return (
-        f"{code}):\n    tokenizer.add_tokens({json.dumps(list(tokens.words))})\n"
-        "    text_encoder.resize_token_embeddings(len(tokenizer))\n"
-        "    text_encoder.get_input_embeddings().weight.data[-len(rows):] = rows\n"
-    )
-
-
-def _draw_code(prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
-    """Return the Python line that draws the prompt."""
-    arguments = [json.dumps(prompt)]
-    if tokens is not None and not LAYOUTS[family.name].pipeline_loads_words:
-        # The largest text encoder reads the prompt as it is written.
-        written_out = family.text.expand(prompt)
-        if written_out != prompt:
-            arguments = [json.dumps(written_out), f"prompt_3={json.dumps(prompt)}"]
-    arguments += [f"{key}={value}" for key, value in family.prompt_options.items()]
-    return f"image = pipe({', '.join(arguments)}).images[0]"
-
-
-def _programs(name: str, prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
+def _programs(config: RunConfig, prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
     """Return the table of other programs: where files go, and what a prompt then says."""
-    loras = {"ComfyUI": "`models/loras/`, then the node *Load LoRA*"}
-    # These read no LoRA but of the kohya form.
-    if has_kohya_form(family.name):
-        loras["A1111, Forge"] = "`models/Lora/`"
-    words = {"ComfyUI": "`models/embeddings/`", "A1111, Forge": "`embeddings/`"}
-    # They know a word by the name of its file.
-    word = "" if tokens is None else tokens.word
-    stem = "" if tokens is None else embedding_name(word).removesuffix(SUFFIX)
-    prompts = {
-        "ComfyUI": prompt.replace(word, f"embedding:{stem}") if word else prompt,
-        "A1111, Forge": f"{prompt.replace(word, stem) if word else prompt} <lora:{name}:1>",
-    }
-    files = [f"`{name}{SUFFIX}`", *([f"`{stem}{SUFFIX}`"] if word else [])]
+    if config.network not in (None, "lora", "full"):
+        files = " and ".join(f"`{name}`" for name in network_files(config))
+        return f"Other programs are not known to read {files}."
+    programs = ["ComfyUI", "A1111, Forge"]
+    places: dict[str, list[str]] = {}
+    suffix = ""
+    if config.network == "full":
+        folders = ["`models/checkpoints/`", "`models/Stable-diffusion/`"]
+        places[f"`{run_name(config)}{SUFFIX}`"] = folders
+    if has_lora(config):
+        # The others read no LoRA but of the kohya form.
+        if not has_kohya_form(family.name):
+            programs = programs[:1]
+        folders = ["`models/loras/`, then the node *Load LoRA*", "`models/Lora/`"]
+        places[f"`{lora_name(config)}{SUFFIX}`"] = folders
+        suffix = f" <lora:{lora_name(config)}:1>"
+    prompts = [prompt, prompt]
+    if tokens is not None:
+        file = embedding_name(tokens.word)
+        places[f"`{file}`"] = ["`models/embeddings/`", "`embeddings/`"]
+        # They know a word by the name of its file.
+        stem = file.removesuffix(SUFFIX)
+        prompts = [prompt.replace(tokens.word, said) for said in (f"embedding:{stem}", stem)]
+    prompts[1] += suffix
     rows = [
-        [program, lora, *([words[program]] if word else []), f"`{prompts[program]}`"]
-        for program, lora in loras.items()
+        [program, *(folders[index] for folders in places.values()), f"`{prompts[index]}`"]
+        for index, program in enumerate(programs)
     ]
-    table = [["program", *files, "prompt"], ["---"] * (len(files) + 2), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def _load_code(model: ModelConfig, family: Family) -> str:
-    """Return the Python lines that load the base model as the run did."""
-    path = str(model.path)
-    dropped = [] if model.large_text_encoder else LARGE_TEXT_ENCODERS[family.name]
-    without = ", ".join(f"{name}=None" for name in dropped)
-    if path in MINI_MODELS:
-        code = f'from fastppt.mini import build_mini\n\npipe = build_mini("{path}")'
-        return code + f"\npipe.register_modules({without})" * bool(without)
-    (pipeline, *_) = PIPELINES[family.name]
-    options = {
-        "revision": model.revision,
-        "variant": model.variant,
-        "config": None if model.config_folder is None else str(model.config_folder),
-    }
-    arguments = [json.dumps(path)]
-    arguments += [f"{key}={json.dumps(value)}" for key, value in options.items() if value]
-    arguments += [without] * bool(without)
-    classes, before = [pipeline], ""
-    if model.vae is not None:
-        classes.insert(0, "AutoencoderKL")
-        subfolder = ', subfolder="vae"' if (Path(model.vae) / "vae").is_dir() else ""
-        place = f"{json.dumps(model.vae)}{subfolder}"
-        before = f"vae = AutoencoderKL.{_loader(model.vae)}({place})\n"
-        arguments.append("vae=vae")
-    return (
-        f"import torch\nfrom diffusers import {', '.join(classes)}\n\n{before}"
-        f"pipe = {pipeline}.{_loader(path)}(\n    {', '.join(arguments)}\n)\n"
-        'pipe.to("cuda", torch.bfloat16)'
-    )
-
-
-def _loader(path: str) -> str:
-    return "from_single_file" if Path(path).suffix == ".safetensors" else "from_pretrained"
+    table = [["program", *places, "prompt"], ["---"] * (len(places) + 2), *rows]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"In other programs, put the files into\n\n{lines}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from fastppt.outputs import disk
 from fastppt.outputs.disk import DiskPlan, check_disk
 from fastppt.outputs.folder import RunFolder
 from fastppt.training import loop
+from tests.training.weight_steps import weights_config
 
 Make = Callable[..., RunConfig]
 
@@ -65,6 +67,12 @@ def test_as_many_checkpoints_are_counted_as_there_are_at_a_time(
     assert disk._num_checkpoints(config, 6) == counted
 
 
+def test_checkpoints_of_a_stage_are_counted_too(make_config: Make) -> None:
+    config = make_config(checkpoint_every=4, stage__0__checkpoint_every=3)
+    # After 3, 4 and 6 steps, and one that is being written; 6 is both's.
+    assert disk._num_checkpoints(config, 6) == 5
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +118,59 @@ def test_what_layers_and_bins_note_is_planned_and_so_are_plots(
     noted |= {f"gamma/bin_{number}" for number in range(len(row["gamma_bins"]))}
     assert len(noted) > 10 and noted <= set(columns)
     assert 0 < size(result.folder.plots) <= plans[0].parts["plots"]
+
+
+FULL = {"full": {"targets": ["transformer_blocks.*"]}}
+RAW = {"denoising": {}, "anchor": {"form": "raw", "weight": 0.1}}
+WORD = {"prompts.token": "<v>"}
+
+
+@pytest.mark.parametrize(
+    ("of_stage", "settings", "parts"),
+    [
+        pytest.param({"trainables": {"svdiff": {}}, "objectives": RAW}, {}, ["network"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ({"trainables": FULL, "objectives": RAW}, {}, ["network"]),
+                ({"trainables": FULL, "ema_decay": 0.9}, {"save_dtype": "bf16"}, ["network"]),
+                ({"trainables": {"oft": {"block_size": 16}}, "objectives": RAW}, {}, ["network"]),
+                ({"trainables": {"dora": {}}}, {}, ["network"]),
+                (
+                    {"trainables": {"custom_diffusion": {}, "tokens": {}}},
+                    WORD,
+                    ["network", "embedding"],
+                ),
+                ({"trainables": {"tokens": {}}, "objectives": RAW}, WORD, ["embedding"]),
+                ({"trainables": {"text_encoder_lora": {}}}, {}, ["LoRA files"]),
+            ]
+        ),
+    ],
+)
+def test_a_run_of_any_trainable_writes_what_is_planned_and_little_less(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_stage: dict[str, Any],
+    settings: dict[str, object],
+    parts: list[str],
+) -> None:
+    plans: list[DiskPlan] = []
+    monkeypatch.setattr(loop, "check_disk", lambda plan, *_: plans.append(plan))
+    stages = [{"steps": 2, "objectives": {"denoising": {}}, **of_stage}]
+    keys = {"output": str(tmp_path / "out"), "checkpoint_every": 2, **settings}
+    result = loop.train(weights_config(photos, stages, "mini-sd3", **keys), Console(quiet=True))
+    (plan,) = plans
+    assert [name for name in plan.parts if name in ("network", "LoRA files", "embedding")] == parts
+    (state,) = result.folder.checkpoints.iterdir()
+    named = [path for path in result.files if path.suffix == ".safetensors" or path.is_dir()]
+    named += [path for path in result.files if path.name == "adapter_config.json"]
+    for written, planned in {
+        size(*named): sum(plan.parts[name] for name in parts),
+        size(state): plan.parts["2 checkpoints"] // 2,
+    }.items():
+        # A small file is mostly room for what it says of itself.
+        room = disk.METADATA * 2 * len(parts)
+        room += disk.PIPELINE_FILES * ("full" in of_stage["trainables"])
+        assert 0.8 * planned - room < written <= planned
+    assert size(result.folder.root) < plan.total

@@ -17,7 +17,8 @@ from fastppt.config import ModelConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family
 from fastppt.outputs.embeddings import check_fits, embedding_name, read_embedding, write_embedding
-from fastppt.outputs.folder import STATE_FILE, check_output
+from fastppt.outputs.files import STATE_FILE
+from fastppt.outputs.folder import check_output
 from fastppt.outputs.generate import install_word
 from tests.outputs.lora_cases import FAMILIES
 from tests.outputs.text_cases import WORD, text_settings, trained_text

@@ -26,7 +26,7 @@ def test_what_holds_the_name_of_a_new_folder_is_synced_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    monkeypatch.setattr(files, "_sync", synced.append)
     write_file(tmp_path / "new" / "folder" / "a.txt", "a")
     assert synced == [tmp_path, tmp_path / "new", tmp_path / "new" / "folder"]
 

@@ -26,12 +26,12 @@ from fastppt.outputs.convert import convert
 from fastppt.outputs.generate import generate, install_lora
 from fastppt.outputs.lora_files import (
     DIFFUSERS_FILE,
-    files_of_run,
     read_lora_file,
     write_diffusers_files,
 )
 from fastppt.outputs.lora_forms import read_lora, write_lora
 from fastppt.outputs.model_card import model_card
+from fastppt.outputs.results import files_of_run
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables
 from tests.outputs.lora_cases import FAMILIES, ONE_FAST, peft_changes
@@ -260,7 +260,11 @@ def test_metadata_says_how_text_was_trained(make_config: MakeConfig, tmp_path: P
     told = CliRunner().invoke(app, ["info", str(files[1])]).output
     assert "learned word" in told and "text_encoder_2 (" in told
     with safe_open(files[0], "pt") as file:
-        assert file.metadata() == {"format": "pt", "fastppt.word": WORD}
+        assert file.metadata() == {
+            "format": "pt",
+            "fastppt.family": "sdxl",
+            "fastppt.word": WORD,
+        }
 
 
 def test_init_lora_with_text_encoders_needs_a_place_for_them(
