@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Callable
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,6 +18,7 @@ from fastppt import __version__
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.config_types import Engine
 from fastppt.errors import UserError
+from fastppt.forecast import checked, memory
 from fastppt.machine import (
     Finding,
     disk,
@@ -230,61 +229,6 @@ def model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list
     return found
 
 
-def memory(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Finding]:
-    """Return what the run is predicted to take of its device's memory and disk, and if it fits.
-
-    Args:
-        config: Its model has no problem.
-        device: Where it would train.
-        dtype: Of the network and the text encoders.
-    """
-    from fastppt.families.loading import outline_family, resolve_resolution
-    from fastppt.outputs.disk import check_disk, plan_disk
-    from fastppt.outputs.folder import RunFolder
-    from fastppt.training.engine import resolve_engine
-    from fastppt.training.memory import ASSUMED_PHOTOS, plan_memory
-    from fastppt.training.stage import noted_names
-
-    engine = resolve_engine(config.engine, device)
-    try:
-        family = outline_family(config.model, dtype)
-        if family is None:
-            text = "the model's configuration is not on this machine; it is with the model's folder"
-            return [Finding("note", "not predicted", text)]
-        plan = plan_memory(config.model_copy(update={"engine": engine}), family)
-    except UserError as error:
-        return [Finding("problem", "run", str(error))]
-    sizes = {what: size for what, size in plan.lasting.items() if size}
-    parts = ", ".join(f"{what} {size_in_words(size)}" for what, size in sizes.items())
-    kept = f"{size_in_words(plan.kept)} kept from the tuned pass to its backward pass"
-    if plan.remembered:
-        kept += f", {size_in_words(plan.remembered)} from the base pass to the tuned pass"
-    found = [
-        Finding("ok", "always there", f"{size_in_words(sum(sizes.values()))}: {parts}"),
-        Finding("ok", "in a step", kept),
-        *(Finding("ok", f"at most, {phase}", size_in_words(n)) for phase, n in plan.peaks.items()),
-    ]
-    if config.photos.folder is None:
-        found.append(Finding("note", "photos", f"not given: {ASSUMED_PHOTOS} are assumed"))
-    if device.type == "cuda":
-        import torch
-
-        free, place = torch.cuda.mem_get_info(device)[0], "on the GPU"
-    else:
-        free, place = free_host_memory(), "on this machine"
-    text = f"{size_in_words(plan.peak)} at most, without what libraries take for themselves; "
-    fits = plan.peak <= free
-    text = f"{'it fits' if fits else 'it does not fit'}: {text}{size_in_words(free)} free {place}"
-    found.append(Finding("ok" if fits else "problem", "run", text))
-    resolution = resolve_resolution(config.photos.resolution, family)
-    needed = plan_disk(config, plan.trainables, resolution, noted_names(config, family))
-    config = config.model_copy(update={"output": config.output or Path.cwd() / "out"})
-    assert config.output is not None
-    folder = RunFolder(config.output)
-    text = f"the run writes up to {needed}"
-    return [*found, _finding("disk", text, lambda: check_disk(needed, folder, config))]
-
-
 def run_settings(config: RunConfig) -> list[Finding]:
     """Return what would stop the run that is asked for, beside its machine and its model."""
     from fastppt.config_io import check_recipe_fits
@@ -295,9 +239,9 @@ def run_settings(config: RunConfig) -> list[Finding]:
     found = []
     if config.output is not None:
         text = f"{config.output} can be written"
-        found.append(_finding("output", text, lambda: check_output(config, overwrite=True)))
+        found.append(checked("output", text, lambda: check_output(config, overwrite=True)))
     if config.tensorboard:
-        found.append(_finding("curves", "TensorBoard is there", check_tensorboard))
+        found.append(checked("curves", "TensorBoard is there", check_tensorboard))
     if config.recipe is not None and config.model.path is not None:
         try:
             family = detect_family(config.model)
@@ -305,17 +249,8 @@ def run_settings(config: RunConfig) -> list[Finding]:
             # The model's own section says so.
             return found
         text = f"{config.recipe} is for {family}"
-        found.append(_finding("recipe", text, lambda: check_recipe_fits(config, family)))
+        found.append(checked("recipe", text, lambda: check_recipe_fits(config, family)))
     return found
-
-
-def _finding(what: str, text: str, check: Callable[[], object]) -> Finding:
-    """Return the text, or what a check refuses."""
-    try:
-        check()
-    except UserError as error:
-        return Finding("problem", what, str(error))
-    return Finding("ok", what, text)
 
 
 def _has_problem(findings: list[Finding]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fastppt import config_io, doctor
+from fastppt import config_io, doctor, forecast
 from fastppt.cli import app
 from fastppt.config import ModelConfig
 from fastppt.config_io import build_config
@@ -88,12 +88,19 @@ def test_memory_of_the_run_is_predicted_part_by_part() -> None:
     for weighting in ("uniform", "adaptive"):
         key = "stage.0.objectives.denoising.weighting"
         config = build_config(settings=[("model.path", "mini-sdxl"), (key, weighting)])
-        report = {"Memory": doctor.memory(config, CPU, torch.bfloat16)}
+        report = {"Memory": forecast.memory(config, CPU, torch.bfloat16)}
         said[weighting] = {finding.what: finding.text for finding in report["Memory"]}
         assert all(finding.level in ("ok", "note") for finding in report["Memory"])
     assert said["uniform"].keys() == said["adaptive"].keys() > {"always there", "run", "photos"}
     lasting = said["uniform"]["always there"]
-    for part in ("network 5.6 MiB", "adapters ", "gradients ", "moments ", "latents ", "prompts "):
+    for part in (
+        "network 5.6 MiB",
+        "trained values ",
+        "gradients ",
+        "moments ",
+        "latents ",
+        "prompts ",
+    ):
         assert part in lasting
     assert "anchors" not in lasting
     assert "to its backward pass" in said["uniform"]["in a step"]
@@ -104,9 +111,9 @@ def test_memory_of_the_run_is_predicted_part_by_part() -> None:
 
 
 def test_a_run_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "free_host_memory", lambda: 2**20)
+    monkeypatch.setattr(forecast, "free_host_memory", lambda: 2**20)
     config = build_config(settings=[("model.path", "mini-sd")])
-    finding = find({"Memory": doctor.memory(config, CPU, torch.float32)}, "run")
+    finding = find({"Memory": forecast.memory(config, CPU, torch.float32)}, "run")
     assert finding.level == "problem"
     assert finding.text.startswith("it does not fit: ")
     assert finding.text.endswith("1.0 MiB free on this machine")
@@ -114,7 +121,7 @@ def test_a_run_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_run_that_would_be_refused_is_a_problem() -> None:
     settings = [("model.path", "mini-sd"), ("stage.0.trainables.lora.targets", ["*.to_z"])]
-    (finding,) = doctor.memory(build_config(settings=settings), CPU, torch.float32)
+    (finding,) = forecast.memory(build_config(settings=settings), CPU, torch.float32)
     assert finding.level == "problem" and "'*.to_z' matches no attention" in finding.text
 
 
@@ -131,7 +138,7 @@ def test_prompts_that_would_be_refused_are_a_problem(
 ) -> None:
     keys = {"model.path": "mini-sd", "prompts.class_noun": "dog"} | settings
     config = build_config("apt", settings=list(keys.items()))
-    (finding,) = doctor.memory(config, CPU, torch.float32)
+    (finding,) = forecast.memory(config, CPU, torch.float32)
     assert finding.level == "problem" and message in finding.text
 
 
@@ -142,7 +149,7 @@ def test_memory_is_not_predicted_without_the_model_s_configuration(
 
     monkeypatch.setattr(loading, "outline_family", lambda model, dtype: None)
     config = build_config(settings=[("model.path", "a/b")])
-    (finding,) = doctor.memory(config, CPU, torch.float32)
+    (finding,) = forecast.memory(config, CPU, torch.float32)
     assert finding.level == "note" and finding.what == "not predicted"
 
 

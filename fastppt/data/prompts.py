@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class PromptBank:
         live: The same prompts in the rows of `embeddings`, where text is trained: these are then
             what the untouched encoders made of them, and subject prompts are encoded anew each
             time. None where it is not.
+        moved: The same rows as encoders that were trained before, and stand still now, made of
+            them; None where there are none.
     """
 
     embeddings: PromptEmbeddings
@@ -59,12 +61,14 @@ class PromptBank:
     columns: Tensor
     sizes: Tensor
     live: LivePrompts | None = None
+    moved: PromptEmbeddings | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory that the bank takes, embeddings that other banks share included."""
-        pooled = self.embeddings.pooled
-        tensors = [self.embeddings.tokens, *([] if pooled is None else [pooled])]
+        encoded = [self.embeddings, *([] if self.moved is None else [self.moved])]
+        tensors = [each.tokens for each in encoded]
+        tensors += [each.pooled for each in encoded if each.pooled is not None]
         tensors += [self.subject_rows, self.class_rows, self.columns, self.sizes]
         if self.live is not None:
             tensors += self.live.ids.tensors
@@ -72,8 +76,13 @@ class PromptBank:
 
     def subject(self, photos: Tensor) -> PromptEmbeddings:
         """Return the subject prompts of the given photos, [B] int64."""
-        rows = self.subject_rows[photos]
-        return self.embeddings[rows] if self.live is None else self.live.encode(rows)
+        return self.tuned(self.subject_rows[photos])
+
+    def tuned(self, rows: Tensor) -> PromptEmbeddings:
+        """Return prompts of some rows, [B] int64, as the network is asked them that is trained."""
+        if self.live is not None:
+            return self.live.encode(rows)
+        return (self.embeddings if self.moved is None else self.moved)[rows]
 
     def plain_class(self, photos: Tensor) -> PromptEmbeddings:
         """Return the class prompts of the given photos, [B] int64."""
@@ -89,7 +98,25 @@ class PromptBank:
             self.columns[rows],
             self.sizes[rows],
             self.live,
+            self.moved,
         )
+
+
+@torch.no_grad()
+def still_banks(banks: Sequence[PromptBank]) -> list[PromptBank]:
+    """Return banks for steps in which text stands still, as it is now.
+
+    Where it has moved, subject prompts are encoded once; class prompts, which the base is asked,
+    stay what they are.
+
+    Args:
+        banks: Of one run's photos: they share embeddings and live prompts.
+    """
+    live = banks[0].live
+    if live is None:
+        return list(banks)
+    moved = live.encode()
+    return [replace(bank, live=None, moved=moved) for bank in banks]
 
 
 def subject_words(prompts: PromptsConfig) -> str:
@@ -167,12 +194,7 @@ def encode_prompt_bank(
         for photo, crop in zip(photos, crops, strict=True)
     ]
     for text in classes:
-        if family.text.has_new_word(text):
-            raise UserError(
-                f"prompts.token: {prompts.token!r} is read in the class prompt {text!r} too, which "
-                "asks the base model, and it does not know the word. Change one of the two; "
-                f"'<{prompts.token.strip('<>')}>' stands in no other word"
-            )
+        check_class_prompt(family, prompts, text)
     with family.text.base():
         embeddings = family.encode_prompts(unique)
     return PromptBank(
@@ -183,6 +205,20 @@ def encode_prompt_bank(
         sizes=torch.stack(sizes),
         live=LivePrompts(family.prompt_ids(unique), family) if move_text else None,
     )
+
+
+def check_class_prompt(family: Family, prompts: PromptsConfig, text: str) -> None:
+    """Refuse a class prompt that says the new word, which the base does not know.
+
+    Raises:
+        UserError: it does.
+    """
+    if family.text.has_new_word(text):
+        raise UserError(
+            f"prompts.token: {prompts.token!r} is read in the class prompt {text!r} too, which "
+            "asks the base model, and it does not know the word. Change one of the two; "
+            f"'<{prompts.token.strip('<>')}>' stands in no other word"
+        )
 
 
 def truncation_notes(family: Family, prompts: PromptsConfig, photos: Sequence[Photo]) -> list[str]:

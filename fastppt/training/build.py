@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,23 @@ from fastppt.outputs.embeddings import read_embedding
 from fastppt.outputs.lora_files import LoraWeights, read_lora_file
 from fastppt.outputs.lora_metadata import learned_word
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.network_weights import NetworkWeights
+from fastppt.trainables.peft_tuners import PeftAdapters
+from fastppt.trainables.svdiff import SpectralShifts
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainable import Trainable
 from fastppt.trainables.trainables import LORA, TEXT_ENCODER_LORA, Trainables
-from fastppt.trainables_config import LoraConfig, TextEncoderLoraConfig, TokensConfig
+from fastppt.trainables_config import (
+    ADAPTER_TRAINABLES,
+    AdapterConfig,
+    CustomDiffusionConfig,
+    FullConfig,
+    LoraConfig,
+    NetworkWeightsConfig,
+    SvdiffConfig,
+    TextEncoderLoraConfig,
+    TokensConfig,
+)
 from fastppt.training.seeds import ADAPTER_STREAM, TEXT_ADAPTER_STREAM, split_seed
 
 logger = logging.getLogger(__name__)
@@ -48,10 +61,25 @@ def build_trainables(
             case TextEncoderLoraConfig():
                 parts[name] = _build_text_lora(config, table, family, weights, dtype, key)
             case TokensConfig():
-                parts[name] = _build_tokens(config, table, family, weights, dtype)
+                parts[name] = _build_tokens(config, table, family, weights, dtype, key)
+            case FullConfig():
+                parts[name] = _build_weights(config, table, table.targets, family, dtype, key)
+            case CustomDiffusionConfig():
+                parts[name] = _build_weights(config, table, family.text_weights, family, dtype, key)
+            case SvdiffConfig():
+                parts[name] = SpectralShifts(
+                    family.network,
+                    table,
+                    unread=family.unread_projections,
+                    device=family.device,
+                    dtype=dtype,
+                    key=key,
+                )
+            case AdapterConfig():
+                parts[name] = _build_peft(config, table, family, dtype, key)
             case _:
                 raise NotImplementedError(name)
-    if LORA not in parts:
+    if not parts.keys() & {*ADAPTER_TRAINABLES}:
         # Attention looks at text, for the alignments, and runs by the model's backend all the same.
         family.make_adaptable()
     return Trainables(parts)
@@ -106,6 +134,39 @@ def _build_lora(
     return adapters
 
 
+def _build_weights(
+    config: RunConfig,
+    settings: NetworkWeightsConfig,
+    targets: Sequence[str] | None,
+    family: Family,
+    dtype: torch.dtype,
+    key: str,
+) -> NetworkWeights:
+    """Take the network's own weights into an arena, those that the targets choose."""
+    return NetworkWeights(
+        family.network,
+        targets,
+        master_weights=settings.master_weights,
+        kept=config.kept_weights,
+        dtype=dtype,
+        key=key,
+    )
+
+
+def _build_peft(
+    config: RunConfig, table: AdapterConfig, family: Family, dtype: torch.dtype, key: str
+) -> PeftAdapters:
+    """Put new adapters of another kind than LoRA into the network."""
+    return PeftAdapters(
+        family.make_adaptable(),
+        table,
+        seed=split_seed(config.seed, ADAPTER_STREAM),
+        device=family.device,
+        dtype=dtype,
+        key=key,
+    )
+
+
 def _build_text_lora(
     config: RunConfig,
     settings: TextEncoderLoraConfig,
@@ -134,6 +195,7 @@ def _build_tokens(
     family: Family,
     weights: LoraWeights | None,
     dtype: torch.dtype,
+    key: str,
 ) -> LearnedTokens:
     """Teach the text encoders the new word, as ``lora.init`` left it if it goes with that word."""
     tokens = LearnedTokens(
@@ -143,6 +205,7 @@ def _build_tokens(
         init=settings.init or config.prompts.class_noun,
         device=family.device,
         dtype=dtype,
+        key=key,
     )
     if weights is not None and weights.word_file is not None and weights.word == tokens.word:
         try:

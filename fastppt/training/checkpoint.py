@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastppt.errors import UserError
-from fastppt.outputs.files import rename, write_file
-from fastppt.outputs.folder import STATE_FILE, RunFolder
+from fastppt.outputs.files import STATE_FILE, rename, write_file
+from fastppt.outputs.folder import RunFolder
+from fastppt.outputs.tensor_files import write_tensors
 
 FORMAT: Final = 1
 """Version of the manifest and of the names in the state."""
@@ -48,13 +49,16 @@ class Identity(Entry):
         photos: SHA-256 of each photo's file, by its name.
         captions: Each photo's own caption, by its name; null where it has none.
         weights: Of the base network's weights.
-        encodings: Of what photos and prompts were encoded to before the first step.
+        encodings: Of what photos, class images and prompts were encoded to before the first step.
+        class_images: SHA-256 of each class image's file by its name, by stage; none without prior
+            preservation.
     """
 
     photos: dict[str, str]
     captions: dict[str, str | None]
     weights: str
     encodings: str
+    class_images: dict[str, dict[str, str]] = {}
 
 
 class Manifest(Entry):
@@ -118,8 +122,7 @@ def write_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         try:
             write_adapters(aside)
-            on_host = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-            write_file(aside / STATE_FILE, save(on_host))
+            write_tensors(aside / STATE_FILE, state, {})
             files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
             manifest = make_manifest(files).model_dump_json(indent=2)
             write_file(aside / MANIFEST_FILE, manifest)

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from fastppt.errors import UserError
 from fastppt.families.base import Family
+from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.snapshot import Snapshot, written_tensors
 from fastppt.training.step import Step, accumulate_gradients
 
-# What new up-projections are set to for the check; at zero they hide the gradients of the downs.
+# What adapters' values that start at zero are set to for the check; there they hide gradients.
 TRIAL_UP = 0.01
 # The loss scale of a float16 check: at the one that runs begin with, gradients may overflow.
 TRIAL_LOSS_SCALE = 2.0**8
@@ -133,10 +135,15 @@ def _trial_gradients(
     step: Step, trainables: Trainables, *, with_base: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradients of what is trained by name: eager ones, and compiled ones."""
-    for pair in trainables.pairs:
-        pair.up.copy_(torch.where(pair.up == 0, TRIAL_UP, pair.up))
-    for arena in trainables.arenas.values():
-        arena.refresh()
+    for name in step.stage.trainables.given:
+        adapters = trainables.parts[name]
+        if isinstance(adapters, LoraAdapters):
+            for pair in adapters.pairs:
+                pair.up.copy_(torch.where(pair.up == 0, TRIAL_UP, pair.up))
+        elif isinstance(adapters, PeftAdapters):
+            for tensor in adapters.tensors.values():
+                tensor.copy_(torch.where(tensor == 0, TRIAL_UP, tensor))
+    trainables.refresh()
     if step.loss_scale is not None:
         step.loss_scale.scale.fill_(TRIAL_LOSS_SCALE)
     trial = Snapshot(written_tensors(step), [step.generator])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from rich.console import Console
 
 from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_sizes, encode_buckets, nearest_size
+from fastppt.data.class_images import ClassImages, encode_class_images
 from fastppt.data.photos import Photo, cover_scale
-from fastppt.data.prompt_checks import check_prompts
 from fastppt.data.prompts import (
     LivePrompts,
     caption_notes,
@@ -71,11 +72,7 @@ def encode(
     Returns:
         The buckets that have photos (the square alone where buckets are off), and the prompts of
         the sample grid.
-
-    Raises:
-        UserError: prompts that `check_prompts` refuses.
     """
-    check_prompts(config, family, photos)
     resolution = config.photos.resolution
     assert resolution is not None
     sizes = [(resolution, resolution)] * len(photos)
@@ -116,6 +113,34 @@ def encode(
     for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     return buckets, sheet
+
+
+def encode_class_sets(
+    config: RunConfig, family: Family, class_images: Mapping[int, ClassImages]
+) -> dict[int, Bucket]:
+    """Encode the class images of a run's stages once, before `encode` takes the encoders away.
+
+    Args:
+        config: Resolved.
+        family: The loaded model.
+        class_images: By stage; a set that several stages have is encoded once.
+
+    Raises:
+        UserError: a picture cannot be decoded.
+    """
+    resolution = config.photos.resolution
+    assert resolution is not None
+    encoded: dict[int, Bucket] = {}
+    for images in class_images.values():
+        if id(images) not in encoded:
+            encoded[id(images)] = encode_class_images(
+                family,
+                config.prompts,
+                images.pictures,
+                (resolution, resolution),
+                move_text=config.move_text,
+            )
+    return {index: encoded[id(images)] for index, images in class_images.items()}
 
 
 def make_sheet(config: RunConfig, family: Family) -> SampleSheet:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from fastppt.data.buckets import Bucket
+from fastppt.data.class_images import ClassImages
 from fastppt.data.photos import Photo
 from fastppt.errors import UserError
 from fastppt.families.base import Family
@@ -21,23 +23,34 @@ PACKAGES = ("fastppt", "torch", "diffusers", "transformers")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def identify(photos: Sequence[Photo], weights: str, buckets: Sequence[Bucket]) -> Identity:
+def identify(
+    photos: Sequence[Photo],
+    weights: str,
+    buckets: Sequence[Bucket],
+    class_images: Mapping[int, ClassImages] = MappingProxyType({}),
+    class_sets: Mapping[int, Bucket] = MappingProxyType({}),
+) -> Identity:
     """Return what a run is trained on.
 
     Args:
         photos: The subject's, read again for their hashes.
         weights: What `fingerprint_weights` returned.
         buckets: With all that was encoded, before the first step.
+        class_images: Of prior preservation, by stage.
+        class_sets: What these were encoded to.
     """
+    encoded = {str(number): bucket for number, bucket in enumerate(buckets)}
+    encoded |= {f"class.{index}": bucket for index, bucket in class_sets.items()}
     return Identity(
         photos=hash_photos(photos),
         captions={_name(photo): photo.caption for photo in photos},
         weights=weights,
         encodings=fingerprint(
-            (f"{number}.{name}", tensor)
-            for number, bucket in enumerate(buckets)
+            (f"{place}.{name}", tensor)
+            for place, bucket in encoded.items()
             for name, tensor in _encodings(bucket)
         ),
+        class_images={str(index): images.hashes for index, images in class_images.items()},
     )
 
 
@@ -107,6 +120,28 @@ def check_photos(saved: Identity, photos: Sequence[Photo]) -> None:
             f"photos: {change} since the run began; put back what it was trained on, or start a "
             "new run"
         )
+
+
+def check_class_images(saved: Identity, class_images: Mapping[int, ClassImages]) -> None:
+    """Refuse to go on with other class images of a user's own than those that were trained on.
+
+    Drawn ones may differ in their last bits where another machine has drawn them again; what they
+    are encoded to is compared with all that is.
+
+    Args:
+        saved: What the run began with.
+        class_images: By stage.
+
+    Raises:
+        UserError: names the folder.
+    """
+    for index, images in class_images.items():
+        if not images.is_drawn and saved.class_images.get(str(index)) != images.hashes:
+            raise UserError(
+                f"stage.{index}.objectives.prior_preservation.folder: the pictures in "
+                f"{images.settings.folder} are not those that the run began with; put these back, "
+                "or start a new run"
+            )
 
 
 def check_weights(saved: Identity, weights: str) -> None:

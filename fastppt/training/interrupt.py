@@ -21,6 +21,10 @@ SAME_SIGNAL = 0.25
 NOTHING_TRAINED = "ended before the first step; nothing was trained yet"
 NO_STEP = "ended before another step was taken"
 NOT_YET_RESUMED = f"{NO_STEP}; the same command goes on with the run"
+IMAGES_KEPT = (
+    "ended while class images were drawn; those that are finished are kept, and the same command "
+    "goes on with them"
+)
 NOT_DONE = "ended before all was done"
 NOTED = "ending as soon as all is saved; a second signal ends the run at once"
 
@@ -86,7 +90,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """Let a signal end what is inside there and then.
+        """Let a signal end what is inside there and then; the innermost message counts.
 
         Args:
             message: What the exception says.
@@ -94,7 +98,7 @@ class Interruption:
         Raises:
             Interrupted: a signal has come, inside or before.
         """
-        self._refusal = message
+        before, self._refusal = self._refusal, message
         try:
             self._refuse()
             yield
@@ -105,7 +109,7 @@ class Interruption:
             self._refuse()
             raise
         finally:
-            self._refusal = None
+            self._refusal = before
 
     def _refuse(self) -> None:
         if self.wanted is not None and self._refusal is not None:

@@ -7,7 +7,7 @@ on a real one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,12 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._see(result, is_new=True)
         return result
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """Return the bytes of these tensors that are counted in `live`."""
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        counted = {s._cdata: s.nbytes() for s in storages if self._seen.get(s._cdata, False)}
+        return sum(counted.values())
 
     @contextmanager
     def kept_for_backward(self) -> Iterator[None]:

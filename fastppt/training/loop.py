@@ -12,6 +12,7 @@ from rich.console import Console
 from fastppt.config import RunConfig
 from fastppt.config_io import check_complete, check_recipe_fits
 from fastppt.data.photos import Photo, find_photos
+from fastppt.data.prompt_checks import check_prompts
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import (
@@ -21,30 +22,45 @@ from fastppt.families.loading import (
     resolve_path,
     resolve_resolution,
 )
-from fastppt.outputs.disk import check_disk, plan_disk
+from fastppt.outputs.disk import check_disk, count_weights, plan_disk
 from fastppt.outputs.files import write_file
 from fastppt.outputs.folder import RunFolder, check_output, open_folder
 from fastppt.outputs.lock import lock_output
-from fastppt.outputs.lora_files import run_name, write_lora_files
+from fastppt.outputs.lora_files import run_name
 from fastppt.outputs.metrics import check_tensorboard
 from fastppt.outputs.model_card import model_card
+from fastppt.outputs.results import write_results
 from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables, without_init
 from fastppt.training.checkpoint import Checkpoint, find_checkpoints
+from fastppt.training.class_images import (
+    find_class_images,
+    fingerprint_painter,
+    resolve_prior,
+)
 from fastppt.training.deterministic import deterministic
-from fastppt.training.encoding import encode
+from fastppt.training.encoding import encode, encode_class_sets
 from fastppt.training.engine import fallback_note, prepare_engine, resolve_engine
+from fastppt.training.graph import CudaRecorder
 from fastppt.training.identity import (
+    check_class_images,
     check_photos,
     check_weights,
     describe_machine,
     fingerprint_weights,
     identify,
 )
-from fastppt.training.interrupt import NOT_YET_RESUMED, NOTHING_TRAINED, Interruption, signal_name
+from fastppt.training.interrupt import (
+    IMAGES_KEPT,
+    NOT_YET_RESUMED,
+    NOTHING_TRAINED,
+    Interruption,
+    signal_name,
+)
+from fastppt.training.result import RunResult
 from fastppt.training.resume import Resumption, find_run, plan_resume
-from fastppt.training.run import RunResult, TrainingRun
+from fastppt.training.run import TrainingRun
 from fastppt.training.stage import check_objectives, noted_names
 
 
@@ -157,13 +173,27 @@ def _prepare(
     start = None if resumption is None else resumption.checkpoint
     result = RunResult(folder, config, 0.0 if start is None else start.manifest.seconds)
     with result.phase("load"):
-        config, family, trainables, weights = _load(config, folder, console, start)
+        config, family, trainables, weights, painter = _load(config, folder, console, start)
     result.config = config
     headline = _headline(config, family, trainables, len(photos))
     console.print(headline, markup=False, soft_wrap=True)
+    check_prompts(config, family, photos)
+    if config.prior_preservation:
+        with result.phase("class images"), interruption.at_once(IMAGES_KEPT):
+            recorder = None
+            if config.engine.startswith("graph"):
+                recorder = CudaRecorder(family.device, [])
+            result.class_images = find_class_images(
+                config, family, trainables, painter, console, recorder
+            )
+            del recorder
+        if start is not None:
+            check_class_images(start.manifest.identity, result.class_images)
+        result.note_peak("class images", family.device)
     with result.phase("encode"):
+        class_sets = encode_class_sets(config, family, result.class_images)
         buckets, sheet = encode(config, family, photos, console)
-        identity = identify(photos, weights, buckets)
+        identity = identify(photos, weights, buckets, result.class_images, class_sets)
     result.note_peak("encode", family.device)
     run = TrainingRun(
         config,
@@ -176,6 +206,7 @@ def _prepare(
         interruption,
         identity,
         start,
+        class_sets,
     )
     run.begin()
     return run
@@ -197,11 +228,12 @@ def _find_photos(config: RunConfig, console: Console, resumption: Resumption | N
 
 def _load(
     config: RunConfig, folder: RunFolder, console: Console, start: Checkpoint | None
-) -> tuple[RunConfig, Family, Trainables, str]:
+) -> tuple[RunConfig, Family, Trainables, str, str]:
     """Load the model and put in what is trained.
 
     Returns:
-        The resolved configuration, both, and the fingerprint of the base's weights.
+        The resolved configuration, both, the fingerprint of the base's weights, and that of the
+        weights that draw class images (empty where there are none).
     """
     family = load_family(config.model)
     note = fallback_note(config.engine, family.device)
@@ -212,14 +244,17 @@ def _load(
     weights = fingerprint_weights(family, with_text=config.move_text)
     if start is not None:
         check_weights(start.manifest.identity, weights)
+    painter = fingerprint_painter(family) if config.prior_preservation else ""
     trainables = build_trainables(config if start is None else without_init(config), family)
     columns = noted_names(config, family)
     assert config.photos.resolution is not None
-    check_disk(plan_disk(config, trainables, config.photos.resolution, columns), folder, config)
+    sizes = count_weights(family)
+    needed = plan_disk(config, sizes, trainables, config.photos.resolution, columns)
+    check_disk(needed, folder, config)
     if config.gradient_checkpointing:
         family.checkpoint_blocks()
     prepare_engine(config.engine, config.compile_scope, family)
-    return config, family, trainables, weights
+    return config, family, trainables, weights, painter
 
 
 def resolve(config: RunConfig, family: Family) -> RunConfig:
@@ -251,12 +286,20 @@ def resolve(config: RunConfig, family: Family) -> RunConfig:
             "photos": config.photos.model_copy(update=photos),
             "output": config.output.absolute(),
             "engine": resolve_engine(config.engine, family.device),
-            "stage": [_resolve_stage(stage) for stage in config.stage],
+            "stage": [
+                _resolve_stage(stage, family, f"stage.{index}")
+                for index, stage in enumerate(config.stage)
+            ],
         }
     )
 
 
-def _resolve_stage(stage: StageConfig) -> StageConfig:
+def _resolve_stage(stage: StageConfig, family: Family, key: str) -> StageConfig:
+    prior = stage.objectives.prior_preservation
+    if prior is not None:
+        prior = resolve_prior(prior, family, f"{key}.objectives.prior_preservation")
+        objectives = stage.objectives.model_copy(update={"prior_preservation": prior})
+        stage = stage.model_copy(update={"objectives": objectives})
     lora = stage.trainables.lora
     if lora is None or lora.init is None:
         return stage
@@ -274,7 +317,7 @@ def _save(run: TrainingRun) -> list[Path]:
     config, family, result, folder = run.config, run.family, run.result, run.result.folder
     photo_counts = {bucket.size: bucket.num_photos for bucket in run.buckets}
     with result.phase("save"):
-        files = write_lora_files(folder.root, config, family, run.trainables, photo_counts)
+        files = write_results(folder.root, config, family, run.trainables, photo_counts)
     pictures = [folder.grid(run.total)] if config.samples.enabled else []
     if config.plots:
         from fastppt.outputs.plots import draw_plots
@@ -283,17 +326,22 @@ def _save(run: TrainingRun) -> list[Path]:
             pictures += draw_plots(folder.metrics, folder.plots, run_name(config))
     num_photos, seconds = sum(photo_counts.values()), result.training_seconds
     with result.phase("save"):
-        card = model_card(config, family, run.trainables, num_photos, seconds)
+        # Stages may share a set.
+        class_images = [*{id(each): each for each in result.class_images.values()}.values()]
+        card = model_card(
+            config, family, run.trainables, num_photos, seconds, class_images=class_images
+        )
         write_file(folder.card, card)
     return [*files, folder.card, *pictures]
 
 
 def _headline(config: RunConfig, family: Family, trainables: Trainables, num_photos: int) -> str:
-    adapters = trainables.lora
-    rank = "" if adapters is None else f"rank {adapters.rank}, "
-    steps = sum(stage.steps for stage in config.stage)
+    tables = {name: table for name, (_, table) in config.trainables.items()}
+    ranks = {name: getattr(table, "rank", None) for name, table in tables.items()}
+    moving = ", ".join(f"{name} of rank {rank}" if rank else name for name, rank in ranks.items())
     return (
-        f"{config.method}: {num_photos} photos, {steps} steps on {config.model.path} "
+        f"{config.method}: {num_photos} photos, {config.steps_in_words} steps on "
+        f"{config.model.path} "
         f"({family.name}, {family.device}, {str(family.dtype).removeprefix('torch.')}, "
-        f"{config.engine}); {rank}{trainables.num_parameters:,} parameters"
+        f"{config.engine}); {moving}: {trainables.num_parameters:,} parameters"
     )

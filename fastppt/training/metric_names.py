@@ -34,6 +34,8 @@ def loss_names(objectives: ObjectivesConfig) -> tuple[str, ...]:
         names += ["feature_mean", "feature_std"]
     if objectives.attention_alignment is not None:
         names.append("attention_alignment")
+    if objectives.prior_preservation is not None:
+        names.append("prior_preservation")
     if objectives.direct_consistency is not None:
         names.append("direct_consistency")
     if objectives.need_base:

@@ -102,3 +102,24 @@ def encoding_line(
     task = progress.add_task("encode", total=total)
     with progress:
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def class_image_line(console: Console, count: int, steps: int) -> Iterator[Callable[[int], None]]:
+    """Show how far the drawing of class images has come, while inside.
+
+    Args:
+        console: Where to; a console that is no terminal gets one plain line at the start.
+        count: Pictures to draw.
+        steps: Sampler steps of each.
+
+    Returns:
+        A context, in it a function to call with the number of pictures that are finished.
+    """
+    if not console.is_terminal:
+        console.print(f"drawing {count} class images of {steps} steps each")
+    columns = TextColumn("class images"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("draw", total=count)
+    with progress:
+        yield lambda finished: progress.update(task, completed=finished)

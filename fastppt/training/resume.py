@@ -34,12 +34,19 @@ MAY_CHANGE = (
     # What is shown and kept.
     *("log_every", "sample_every", "samples.*", "prompts.contexts"),
     *("tensorboard", "plots", "checkpoint_every", "keep_checkpoints", "max_bad_steps"),
-    "save_dtype",
+    *("stage.*.checkpoint_every", "save_dtype"),
     # Where the photos and captions are; what they are is compared by their hashes.
     *("photos.folder", "photos.captions"),
+    "stage.*.objectives.prior_preservation.folder",
+    # Where class images are kept, not what they are.
+    "stage.*.objectives.prior_preservation.cache",
 )
 # Keys whose values are places on this machine.
-PATHS = ("photos.folder", "photos.captions", "model.config_folder", "stage.*.trainables.lora.init")
+PATHS = (
+    *("photos.folder", "photos.captions", "model.config_folder", "stage.*.trainables.lora.init"),
+    "stage.*.objectives.prior_preservation.folder",
+    "stage.*.objectives.prior_preservation.cache",
+)
 MODELS = ("model.path", "model.vae")
 
 
@@ -83,7 +90,9 @@ class Resumption:
             if machine.get(name) != old
         ]
         if saved.identity.encodings != encodings:
-            notes.append("photos or prompts are not encoded to the same numbers as before")
+            notes.append(
+                "photos, class images or prompts are not encoded to the same numbers as before"
+            )
         if notes:
             notes.append("the result need not be that of an uninterrupted run, bit for bit")
             text = f"note: {'; '.join(notes)}"
@@ -169,9 +178,10 @@ def plan_resume(
     checkpoint = _find_checkpoint(folder, chosen)
     if checkpoint is None:
         if finished:
+            others = f"; --init-lora {folder.root} starts a new run from its adapters"
             raise UserError(
-                f"--resume {folder.root}: the run is finished and has no checkpoint to go on from; "
-                f"--init-lora {folder.root} starts a new run from its adapters"
+                f"--resume {folder.root}: the run is finished and has no checkpoint to go on from"
+                f"{others if 'lora' in config.trainables else ''}"
             )
         return Resumption(folder, config, _lines(asked), None)
     # Not the file's: someone may have edited that.

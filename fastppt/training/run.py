@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +13,11 @@ from rich.console import Console
 
 from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket, bucket_of_draw
-from fastppt.data.prompts import subject_prompt
 from fastppt.data.refresh import ViewRefresh
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.outputs.folder import RunFolder
-from fastppt.outputs.lora_files import write_diffusers_files
 from fastppt.outputs.metrics import Curves, MetricsFile
+from fastppt.outputs.results import write_checkpoint_files
 from fastppt.outputs.samples import draw_samples, write_grid
 from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
@@ -47,65 +44,20 @@ from fastppt.training.interrupt import (
 )
 from fastppt.training.metric_names import metric_names
 from fastppt.training.progress import ProgressLine
+from fastppt.training.result import RunResult
 from fastppt.training.ring import MetricRing
 from fastppt.training.runners import make_runner
 from fastppt.training.schedule import learning_rate_factor
-from fastppt.training.seeds import BUCKET_STREAM, STEP_STREAM, VIEW_STREAM, split_seed
+from fastppt.training.seeds import (
+    BUCKET_STREAM,
+    CLASS_STREAM,
+    STEP_STREAM,
+    VIEW_STREAM,
+    split_seed,
+)
 from fastppt.training.stage import build_steps, learning_rates
-from fastppt.training.state import place_anchors, restore_state, run_state
-
-
-@dataclass
-class RunResult:
-    """What a run wrote and where its time went.
-
-    Attributes:
-        folder: The output folder.
-        files: The files to use: LoRA in both forms, then the model card and the last grid.
-        seconds: Wall-clock time by phase.
-        peak_memory: Bytes at most allocated on a GPU at a time, by phase: `encode` (with what was
-            loaded for it), `train`, `samples`. Empty on the CPU, which does not count.
-        config: The resolved configuration.
-        earlier_seconds: Time that training took before the run was resumed.
-        num_bad_steps: Steps of the whole run that were left out: their loss or gradient was not
-            finite.
-    """
-
-    folder: RunFolder
-    config: RunConfig
-    earlier_seconds: float = 0.0
-    num_bad_steps: int = 0
-    files: list[Path] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def trigger_prompt(self) -> str:
-        """A prompt that shows the subject."""
-        return subject_prompt(self.config.prompts)
-
-    @property
-    def training_seconds(self) -> float:
-        """Time that training took, with what came before the run was resumed."""
-        # What compiles does so in the first step; a capture takes the place of that.
-        phases = ("check", "capture", "first step", "train")
-        return self.earlier_seconds + sum(self.seconds.get(phase, 0.0) for phase in phases)
-
-    def note_peak(self, phase: str, device: torch.device) -> None:
-        """Note the most memory that a GPU has had allocated since this was called last."""
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-            self.peak_memory[phase] = max(self.peak_memory.get(phase, 0), peak)
-            torch.cuda.reset_peak_memory_stats(device)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+from fastppt.training.state import place_start, restore_state, run_state
+from fastppt.training.step import Step
 
 
 def steps_with_views(config: RunConfig, num_steps: int) -> int:
@@ -118,16 +70,23 @@ def steps_with_views(config: RunConfig, num_steps: int) -> int:
     return count
 
 
-def new_generator(config: RunConfig, family: Family) -> torch.Generator:
-    """Return the run's own generator on the device, at its start."""
+def new_generator(config: RunConfig, family: Family, stream: int = STEP_STREAM) -> torch.Generator:
+    """Return a generator of the run's own on the device, at its start."""
     generator = torch.Generator(family.device)
-    generator.manual_seed(split_seed(config.seed, STEP_STREAM))
+    generator.manual_seed(split_seed(config.seed, stream))
     return generator
+
+
+class _StopAskedError(Exception):
+    """A signal has come while pictures were drawn."""
 
 
 @dataclass
 class TrainingRun:
-    """The part of a run between encoding and saving."""
+    """The part of a run between encoding and saving.
+
+    `class_images` are those of prior preservation, by stage.
+    """
 
     config: RunConfig
     family: Family
@@ -139,6 +98,7 @@ class TrainingRun:
     interruption: Interruption
     identity: Identity
     start: Checkpoint | None = None
+    class_images: Mapping[int, Bucket] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.result.folder
@@ -147,9 +107,13 @@ class TrainingRun:
         self.done = self.read = self.first
         self.metrics = MetricsFile(folder.metrics, self.first)
         self.curves: Curves | None = None
+        self.steps: list[Step] = []
         names = metric_names(config.stage)
         self.ring = MetricRing(names, min(config.log_every, self.total), self.family.device)
         self.generator = new_generator(config, self.family)
+        self.class_generator: torch.Generator | None = None
+        if self.class_images:
+            self.class_generator = new_generator(config, self.family, CLASS_STREAM)
         self.line = ProgressLine(self.console, self.total)
         photos = [numbered for bucket in self.buckets for numbered in bucket.photos.items()]
         photo_names = {number: photo.path.name for number, photo in photos}
@@ -188,7 +152,9 @@ class TrainingRun:
             for index in range(self.stage, len(self.config.stage)):
                 if index != self.stage:
                     self.build_steps(index)
+                self.announce_stage()
                 self.run_stage(index, self.config.stage[index])
+                self.hand_on()
         # Those that a kill has left beside the last one.
         prune_checkpoints(folder, self.config.keep_checkpoints)
         self.metrics.write()
@@ -227,24 +193,47 @@ class TrainingRun:
                 raise UserError(self.guard.stop_message(self.save_checkpoint()))
             if self._due(config.sample_every):
                 self.draw_grid()
-            if config.checkpoint_every > 0 and self._due(config.checkpoint_every):
+            if self._checkpoint_due(stage):
                 self.save_checkpoint()
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Let the model inside be what the stage shows and saves."""
+        average = self.steps[0].average
+        return nullcontext() if average is None else average.shown()
+
+    def announce_stage(self) -> None:
+        """Say which stage begins, or goes on, where there are several."""
+        stages = self.config.stage
+        left = stages[self.stage].steps - self.number
+        if len(stages) > 1 and left:
+            text = f"stage.{self.stage}: {', '.join(stages[self.stage].trainables.given)}"
+            self.console.print(f"{text}, {left} steps", highlight=False, soft_wrap=True)
+
+    def hand_on(self) -> None:
+        """End a stage: what it has learned is what the next one starts from, and what is saved."""
+        average = self.steps[0].average
+        if average is not None:
+            average.hand_on()
+        # The next optimizer's memory is this one's.
+        self.steps = []
 
     def build_steps(self, index: int) -> None:
         """Make the steps of a stage, one a bucket, with the state that they begin with."""
-        config, saved = self.config, None
+        config, saved, stage = self.config, None, self.config.stage[index]
         self.stage, self.number = index, 0
         if self.start is not None and self.start.manifest.stage == index:
             self.number, saved = self.start.manifest.number, self.start.tensors()
-            place_anchors(saved, self.trainables)
+            place_start(saved, self.trainables, learning_rates(stage).keys())
         self.steps = build_steps(
             config,
-            config.stage[index],
+            stage,
             self.family,
             self.trainables,
             self.buckets,
             self.ring,
             self.generator,
+            self.class_images.get(index),
+            self.class_generator,
         )
         if saved is not None:
             restore_state(self.steps[0], self.trainables, saved, self.done)
@@ -287,13 +276,16 @@ class TrainingRun:
             write_checkpoint(
                 folder,
                 run_state(self.steps[0]),
-                lambda aside: write_diffusers_files(
-                    aside, self.config, self.family, self.trainables
-                ),
+                self.write_files,
                 self.describe_checkpoint,
             )
             prune_checkpoints(self.result.folder, self.config.keep_checkpoints)
         return folder
+
+    def write_files(self, folder: Path) -> None:
+        """Write what a checkpoint has for other programs."""
+        with self.shown():
+            write_checkpoint_files(folder, self.config, self.family, self.trainables)
 
     def describe_checkpoint(self, files: dict[str, FileEntry]) -> Manifest:
         """Return the manifest of a checkpoint of this moment."""
@@ -365,25 +357,40 @@ class TrainingRun:
     def draw_grid(self) -> None:
         """Draw the sample grid as the network is now."""
         if self.config.samples.enabled:
-            self._draw_grid()
+            try:
+                self._draw_grid()
+            except _StopAskedError:
+                # Only now are the values back that a checkpoint keeps.
+                self.stop_if_asked()
             self.result.note_peak("samples", self.family.device)
 
     def _draw_grid(self) -> None:
         assert self.config.photos.resolution is not None
         with self.result.phase("samples"):
             sheet, samples = self.sheet, self.config.samples
-            prompts, negative = sheet.encode()
             # A few pictures do not repay the compilation of the blocks for inference.
-            with torch.compiler.set_stance("force_eager"):
+            with self.shown(), torch.compiler.set_stance("force_eager"):
+                prompts, negative = sheet.encode()
                 images = draw_samples(
                     self.family,
                     prompts,
                     negative,
                     samples,
                     self.config.photos.resolution,
-                    self.stop_if_asked,
+                    self._leave_if_asked,
                 )
             write_grid(self.result.folder.grid(self.done), images, sheet.captions)
+
+    def _leave_if_asked(self) -> None:
+        if self.interruption.wanted is not None:
+            raise _StopAskedError
+
+    def _checkpoint_due(self, stage: StageConfig) -> bool:
+        """Say whether the run's checkpoints, or the stage's own, are due."""
+        run_every, stage_every = self.config.checkpoint_every, stage.checkpoint_every
+        at_end = self.done == self.total
+        of_run = run_every > 0 and (at_end or self.done % run_every == 0)
+        return of_run or (stage_every > 0 and (at_end or self.number % stage_every == 0))
 
     def _due(self, every: int) -> bool:
         """Say whether something is due that comes each so many steps, and at the end."""

@@ -121,4 +121,5 @@ def make_runner(engine: Engine, steps: Sequence[Step]) -> StageRunner:
     """Return who runs the steps of a stage under a resolved engine."""
     if not engine.startswith("graph"):
         return EagerRunner(steps)
-    return GraphRunner(steps, CudaRecorder(steps[0].family.device, [steps[0].generator]))
+    generators = [*steps[0].generators.values()]
+    return GraphRunner(steps, CudaRecorder(steps[0].family.device, generators))

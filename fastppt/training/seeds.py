@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 ADAPTER_STREAM, STEP_STREAM, BUCKET_STREAM, VIEW_STREAM, TEXT_ADAPTER_STREAM = range(5)
+CLASS_STREAM, ROUNDING_STREAM = 5, 6
 
 
 def split_seed(seed: int, stream: int) -> int:

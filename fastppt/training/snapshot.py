@@ -41,9 +41,9 @@ def named_tensors(step: Step) -> dict[str, Tensor]:
     """Return every tensor that a step writes and that outlives it, by name.
 
     Those are parameters with their working copies, gradients and the optimizer's state, the metric
-    ring, the indicator, the loss scale, the losses and samples so far. The learning rate is the
-    loop's to write. A name begins with that of the trainable, or of the part of the step, that it
-    belongs to.
+    ring, the indicator, the loss scale, the moving average, the losses and samples so far. The
+    learning rate is the loop's to write. A name begins with that of the trainable, or of the part
+    of the step, that it belongs to.
     """
     named = {"losses": step.losses, "samples": step.samples}
     if step.layer_losses is not None:
@@ -56,11 +56,15 @@ def named_tensors(step: Step) -> dict[str, Tensor]:
     if step.loss_scale is not None:
         named["loss_scale/scale"] = step.loss_scale.scale
         named["loss_scale/good_steps"] = step.loss_scale.good_steps
+    if step.average is not None:
+        named["average/num_updates"] = step.average.num_updates
+        averages = step.average.averages.items()
+        named |= {f"{name}/average": average for name, average in averages}
     for name, group in zip(step.learning_rates, step.optimizer.param_groups, strict=True):
         (param,) = group["params"]
         state = step.optimizer.state[param]
         named |= {f"{name}/values": param, f"{name}/gradient": param.grad}
-        named |= {f"{name}/{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        named |= {f"{name}/{key}": each for key, each in state.items() if key != "anchor"}
         for copy in group.get("working_copy", ()):
             if copy is not None:
                 named[f"{name}/working_copy"] = copy

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastppt.config import RunConfig
 from fastppt.data.buckets import Bucket
+from fastppt.data.prompts import still_banks
 from fastppt.errors import UserError
 from fastppt.families.attention import TextAttention
 from fastppt.families.base import Family
@@ -17,10 +18,13 @@ from fastppt.objectives.attention_alignment import AttentionAlignment, aligned_a
 from fastppt.objectives.denoising import Indicator, min_snr_weights
 from fastppt.objectives.feature_alignment import FeatureAlignment, aligned_layers
 from fastppt.stage_config import ObjectivesConfig, StageConfig
+from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables.trainables import Trainables, part_name
+from fastppt.training.average import MovingAverage
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.metric_names import bin_names, layer_loss_names, loss_names, metric_names
 from fastppt.training.ring import MetricRing
+from fastppt.training.seeds import ROUNDING_STREAM, split_seed
 from fastppt.training.step import Step
 from fastppt_kernels import AnchoredAdamW
 
@@ -33,21 +37,29 @@ def build_steps(
     buckets: Sequence[Bucket],
     ring: MetricRing,
     generator: torch.Generator,
+    class_images: Bucket | None = None,
+    class_generator: torch.Generator | None = None,
 ) -> list[Step]:
-    """Make everything that the steps of a stage read and write; one step a bucket."""
+    """Make everything that the steps of a stage read and write; one step a bucket.
+
+    What they begin with, anchors and averages and prompts where text stands still, is made of the
+    values that are there now. Class images and their generator belong to prior preservation.
+    """
     trainables.train(stage.trainables.given.keys())
-    like = next(iter(trainables.arenas.values())).flat
-    rates = {
-        name: torch.zeros((), device=like.device, dtype=like.dtype)
-        for name in learning_rates(stage)
-    }
+    values = next(iter(trainables.arenas.values())).flat
+    # Values may have 16 bits; what is counted with them has not.
+    like = values.new_empty(0, dtype=torch.promote_types(values.dtype, torch.float32))
+    # A trainable whose targets leave a part without weights has no arena of it.
+    moving = learning_rates(stage).keys() & trainables.arenas.keys()
+    rates = {name: like.new_zeros(()) for name in trainables.arenas if name in moving}
     settings = stage.optimizer
     optimizer = AnchoredAdamW(
-        anchored_groups(trainables, rates, stage.objectives.anchor),
+        anchored_groups(trainables, rates, stage.objectives.anchor, settings.moments),
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or None,
+        seed=split_seed(config.seed, ROUNDING_STREAM),
     )
     loss_scale = LossScale(family.device) if family.dtype == torch.float16 else None
     tokens = stage.trainables.tokens
@@ -67,12 +79,18 @@ def build_steps(
     num_samples = stage.batch_size * stage.gradient_accumulation
     ring.lay_out(details, num_samples)
     samples = torch.zeros_like(ring.samples[0])
+    prompts = [bucket.prompts for bucket in buckets]
+    class_prompts = [class_images.prompts] if class_images is not None else []
+    if not stage.trainables.move_text:
+        prompts = still_banks(prompts)
+        class_prompts = [still for bank in class_prompts for still in still_banks([bank])]
+    average = MovingAverage(trainables, rates, stage.ema_decay) if stage.ema_decay else None
     return [
         Step(
             family=family,
             stage=stage,
             latents=bucket.latents,
-            prompts=bucket.prompts,
+            prompts=bank,
             trainables=trainables,
             indicator=indicator,
             timestep_weights=timestep_weights(family, objectives, key),
@@ -84,13 +102,25 @@ def build_steps(
             ring=ring,
             loss_scale=loss_scale,
             kept_norms=trainables.tokens if tokens is not None and tokens.keep_norm else None,
+            held_rotations=_held_rotations(stage, trainables),
+            average=average,
             losses=losses,
             layer_losses=layer_losses,
             photo_numbers=torch.tensor([*bucket.photos], device=family.device),
             samples=samples,
+            class_latents=class_images.latents if class_images is not None else None,
+            class_prompts=next(iter(class_prompts), None),
+            class_generator=class_generator,
         )
-        for bucket in buckets
+        for bucket, bank in zip(buckets, prompts, strict=True)
     ]
+
+
+def _held_rotations(stage: StageConfig, trainables: Trainables) -> PeftAdapters | None:
+    """Return the adapters that are trained and have a limit."""
+    network = trainables.network
+    moves = stage.trainables.network is not None
+    return network if isinstance(network, PeftAdapters) and moves and network.are_held else None
 
 
 def check_objectives(config: RunConfig, family: Family) -> None:

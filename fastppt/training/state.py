@@ -1,22 +1,21 @@
 """All that a run goes on from at the boundary of two steps, as tensors by name.
 
-Those are the tensors that a step writes (`named_tensors`), the anchors, and the generator. What is
+Those are the tensors that a step writes (`named_tensors`), the anchors, and the generators. What is
 encoded from the photos is not among them: it is encoded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from fastppt.errors import UserError
+from fastppt.trainables.network_weights import NetworkWeights
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.snapshot import named_tensors
 from fastppt.training.step import Step
-
-GENERATOR = "generator"
 
 # Between two steps gradients and losses are zero, working copies are the values rounded, samples
 # are those of a step that is over, and the ring has been read; its count is the number of steps.
@@ -24,25 +23,35 @@ FOLLOWS = ("losses", "/gradient", "/working_copy", "samples")
 
 
 def run_state(step: Step) -> dict[str, Tensor]:
-    """Return the state of a run between two steps: the tensors themselves, but for the generator's.
+    """Return the state of a run between two steps: the tensors themselves, but for the generators'.
 
     Args:
         step: Any of the stage's; they share all that is written.
     """
-    return _tensors(step) | {GENERATOR: step.generator.get_state()}
+    states = {name: generator.get_state() for name, generator in step.generators.items()}
+    return _tensors(step) | states
 
 
 @torch.no_grad()
-def place_anchors(state: Mapping[str, Tensor], trainables: Trainables) -> None:
-    """Write the anchors into what they hold, as when the stage began.
+def place_start(
+    state: Mapping[str, Tensor], trainables: Trainables, moving: Collection[str]
+) -> None:
+    """Let the model be what it was when the stage began, as far as its steps are made of that.
 
-    Whether an optimizer keeps an anchor depends on the values that it is made with, so this comes
-    before the stage's steps are built, and `restore_state` after.
+    Anchors go into what they hold: whether an optimizer keeps one depends on the values that it is
+    made with. What the stage does not train has the values that it had: prompts are encoded with
+    them. So this comes before the stage's steps are built, and `restore_state` after.
+
+    Args:
+        state: What `run_state` returned.
+        trainables: All that the run trains.
+        moving: The arenas that the stage trains.
     """
     for name, arena in trainables.arenas.items():
-        anchor = state.get(f"{name}/anchor")
-        if anchor is not None and anchor.shape == arena.flat.shape:
-            arena.flat.copy_(anchor)
+        values = state.get(f"{name}/anchor" if name in moving else f"{name}/values")
+        if values is not None and values.shape == arena.flat.shape:
+            arena.flat.copy_(values)
+    trainables.refresh()
 
 
 @torch.no_grad()
@@ -61,8 +70,9 @@ def restore_state(
         UserError: the state is that of other trainables, or of another version.
     """
     here = _tensors(step)
-    if here.keys() | {GENERATOR} != state.keys():
-        different = ", ".join(sorted((here.keys() | {GENERATOR}) ^ state.keys()))
+    names = here.keys() | step.generators.keys()
+    if names != state.keys():
+        different = ", ".join(sorted(names ^ state.keys()))
         raise UserError(
             f"the checkpoint's state is not of this run: {different}. "
             "Resume with the version of fastppt that wrote it"
@@ -76,9 +86,9 @@ def restore_state(
             )
         tensor.copy_(saved)
     step.ring.count.fill_(num_steps)
-    for arena in trainables.arenas.values():
-        arena.refresh()
-    step.generator.set_state(state[GENERATOR])
+    trainables.refresh()
+    for name, generator in step.generators.items():
+        generator.set_state(state[name])
 
 
 def _tensors(step: Step) -> dict[str, Tensor]:
@@ -90,9 +100,16 @@ def _tensors(step: Step) -> dict[str, Tensor]:
     for name, group in zip(step.learning_rates, step.optimizer.param_groups, strict=True):
         for param in group["params"]:
             anchor = step.optimizer.state[param].get("anchor")
-            if anchor is not None:
+            if anchor is not None and not _comes_with_model(step, anchor):
                 tensors[f"{name}/anchor"] = anchor
     # What another stage trains.
     for name, arena in step.trainables.arenas.items():
         tensors.setdefault(f"{name}/values", arena.flat)
     return tensors
+
+
+def _comes_with_model(step: Step, anchor: Tensor) -> bool:
+    """Say whether an anchor is the pretrained weights, which are loaded with the model again."""
+    network = step.trainables.network
+    pretrained = network.pretrained if isinstance(network, NetworkWeights) else None
+    return pretrained is not None and anchor.is_set_to(pretrained)

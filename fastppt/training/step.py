@@ -22,9 +22,12 @@ from fastppt.objectives.attention_alignment import AttentionAlignment
 from fastppt.objectives.denoising import Indicator, denoising_losses
 from fastppt.objectives.direct_consistency import direct_consistency_loss
 from fastppt.objectives.feature_alignment import FeatureAlignment
+from fastppt.objectives.prior_preservation import join_halves, mean_of_halves
 from fastppt.stage_config import ObjectivesConfig, StageConfig
+from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables.tokens import LearnedTokens
 from fastppt.trainables.trainables import Trainables
+from fastppt.training.average import MovingAverage
 from fastppt.training.loss_scale import LossScale
 from fastppt.training.metric_names import LAYER_TERMS, by_layer_of, loss_names
 from fastppt.training.ring import MetricRing
@@ -56,12 +59,16 @@ class Draws:
 class Batch:
     """What base and tuned network are both asked.
 
+    With prior preservation all but the photos have 2 B rows: those of the photos, then those of as
+    many class images.
+
     Attributes:
         photos: [B] int64.
         timesteps: [B] int64.
         noisy: [B, C, h, w], z_t.
         target: [B, C, h, w], what is to be predicted from it.
         sizes: [B, S], what the network is told of the photos' sizes.
+        class_images: [B] int64; None without prior preservation.
     """
 
     photos: Tensor
@@ -69,6 +76,7 @@ class Batch:
     noisy: Tensor
     target: Tensor
     sizes: Tensor
+    class_images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,18 @@ class Step:
         generator: The run's own, on the device; nothing else draws from it.
         loss_scale: Of a network in float16; None for the others.
         kept_norms: The embeddings whose lengths are kept; None where there are none.
+        held_rotations: The adapters whose rotations have a limit; None where there are none.
+        average: Moving average of what the stage trains; None without it.
         losses: One number for each of `loss_names`, averaged over the passes of the step so far.
         layer_losses: Likewise the layers' parts of `LAYER_TERMS`, one after the other; None where
             no layer is aligned.
         photo_numbers: [photos of the bucket] int64, their numbers in the run.
         samples: [samples of a step, 2] int64, photo number and timestep of the latest ones, in the
             order of the passes.
+        class_latents: Of the class images, with prior preservation; None without it.
+        class_prompts: Likewise; the class prompt is what the network is asked of each.
+        class_generator: What the class half is drawn with, on the device, so that the photos' half
+            is drawn as without it; None where no stage of the run has class images.
     """
 
     family: Family
@@ -110,10 +124,21 @@ class Step:
     ring: MetricRing
     loss_scale: LossScale | None
     kept_norms: LearnedTokens | None
+    held_rotations: PeftAdapters | None
+    average: MovingAverage | None
     losses: Tensor
     layer_losses: Tensor | None
     photo_numbers: Tensor
     samples: Tensor
+    class_latents: LatentBank | None = None
+    class_prompts: PromptBank | None = None
+    class_generator: torch.Generator | None = None
+
+    @property
+    def generators(self) -> dict[str, torch.Generator]:
+        """All that the run draws with, by name."""
+        both = {"generator": self.generator, "class_generator": self.class_generator}
+        return {name: each for name, each in both.items() if each is not None}
 
     @property
     def learning_rate(self) -> Tensor:
@@ -133,6 +158,7 @@ def run_step(step: Step, number: int = 0) -> None:
            + direct_consistency.weight * L_direct
            + feature_alignment.weight * (L_mean + L_std)
            + attention_alignment.weight * L_attention
+           + prior_preservation.weight * mean_B L_class
            + anchor.weight * ||theta - theta_0||^2
 
     The gradients of the passes of one step are averaged; the anchor's is added once, by the
@@ -157,13 +183,15 @@ def accumulate_gradients(step: Step, *, with_base: bool = True) -> None:
     """
     objectives = step.stage.objectives
     batch = make_batch(step, draw(step))
+    if step.class_latents is not None:
+        batch = with_class_half(step, batch)
     note_samples(step, batch)
     with ExitStack() as comparison:
         base_prediction = None
         if with_base and objectives.need_base:
             base_prediction = base_pass(step, batch)
             comparison.enter_context(compared_with_base(step, batch))
-        prediction = _predict(step, batch, step.prompts.subject(batch.photos))
+        prediction = _predict(step, batch, _tuned_prompts(step, batch))
         terms = loss_terms(step, batch, prediction, base_prediction)
         loss = weighted_sum(objectives, terms)
         # Inside, because blocks that are checkpointed run again here.
@@ -179,8 +207,9 @@ def accumulate_gradients(step: Step, *, with_base: bool = True) -> None:
 
 
 def note_samples(step: Step, batch: Batch) -> None:
-    """Add the batch to `Step.samples`, where the oldest make room."""
-    seen = torch.stack([step.photo_numbers[batch.photos], batch.timesteps], dim=1)
+    """Add the photos of the batch to `Step.samples`, where the oldest make room."""
+    timesteps = batch.timesteps[: len(batch.photos)]
+    seen = torch.stack([step.photo_numbers[batch.photos], timesteps], dim=1)
     step.samples.copy_(torch.cat([step.samples[len(seen) :], seen]))
 
 
@@ -197,6 +226,10 @@ def update_parameters(step: Step) -> None:
     skipped = step.optimizer.skipped
     if step.kept_norms is not None:
         step.kept_norms.keep_norms_(skipped)
+    if step.held_rotations is not None:
+        step.held_rotations.hold_(skipped)
+    if step.average is not None:
+        step.average.update_(skipped)
     metrics["skipped"] = skipped
     metrics["bad"] = skipped if backs_off is None else skipped & ~backs_off
     metrics["anchor"] = step.optimizer.penalty
@@ -216,13 +249,16 @@ def update_parameters(step: Step) -> None:
 
 def draw(step: Step) -> Draws:
     """Draw everything that any recipe needs, so that recipes compare draw for draw."""
+    return _draw(step, step.latents, step.generator)
+
+
+def _draw(step: Step, bank: LatentBank, generator: torch.Generator) -> Draws:
+    """Draw a batch of a bank's pictures, and what goes with it."""
     batch_size, device = step.stage.batch_size, step.family.device
-    shape = (batch_size, *step.latents.latent_shape)
-    dtype, generator = step.latents.posteriors.dtype, step.generator
+    shape = (batch_size, *bank.latent_shape)
+    dtype = bank.posteriors.dtype
     return Draws(
-        photos=torch.randint(
-            step.latents.num_photos, (batch_size,), generator=generator, device=device
-        ),
+        photos=torch.randint(bank.num_photos, (batch_size,), generator=generator, device=device),
         timesteps=step.family.draw_timesteps(batch_size, generator),
         augmentations=torch.rand(batch_size, generator=generator, device=device),
         view_fractions=torch.rand(batch_size, generator=generator, device=device),
@@ -233,15 +269,37 @@ def draw(step: Step) -> Draws:
 
 def make_batch(step: Step, draws: Draws) -> Batch:
     """Return the noisy latents of the photos and views that were drawn, and what they hide."""
-    family = step.family
     views = choose_views(step, draws)
     latents = step.latents.sample(draws.photos, views, draws.posterior_normals)
+    return _make_batch(step, draws, latents, step.prompts.sizes[draws.photos])
+
+
+def with_class_half(step: Step, batch: Batch) -> Batch:
+    """Draw as many class images as the batch has photos, and put them behind these."""
+    bank, prompts = step.class_latents, step.class_prompts
+    assert bank is not None and prompts is not None and step.class_generator is not None
+    draws = _draw(step, bank, step.class_generator)
+    plain = torch.full_like(draws.photos, PLAIN_VIEW)
+    latents = bank.sample(draws.photos, plain, draws.posterior_normals)
+    half = _make_batch(step, draws, latents, prompts.sizes[draws.photos])
+    return Batch(
+        photos=batch.photos,
+        timesteps=join_halves(batch.timesteps, half.timesteps),
+        noisy=join_halves(batch.noisy, half.noisy),
+        target=join_halves(batch.target, half.target),
+        sizes=join_halves(batch.sizes, half.sizes),
+        class_images=draws.photos,
+    )
+
+
+def _make_batch(step: Step, draws: Draws, latents: Tensor, sizes: Tensor) -> Batch:
+    family = step.family
     return Batch(
         photos=draws.photos,
         timesteps=draws.timesteps,
         noisy=family.add_noise(latents, draws.noise, draws.timesteps),
         target=family.target(latents, draws.noise, draws.timesteps),
-        sizes=step.prompts.sizes[draws.photos],
+        sizes=sizes,
     )
 
 
@@ -302,7 +360,10 @@ def loss_terms(
         losses = denoising_losses(prediction, batch.target)
         if step.timestep_weights is not None:
             losses = step.timestep_weights[batch.timesteps] * losses
-        terms["denoising"] = losses.mean()
+        if batch.class_images is None:
+            terms["denoising"] = losses.mean()
+        else:
+            terms["denoising"], terms["prior_preservation"] = mean_of_halves(losses)
     elif base_prediction is None:
         gamma = step.indicator.gamma(batch.timesteps)
         terms["denoising"] = ((1 - gamma) * denoising_losses(prediction, batch.target)).mean()
@@ -333,9 +394,12 @@ def weighted_sum(objectives: ObjectivesConfig, terms: dict[str, Tensor]) -> Tens
     """Return the loss without the anchor: each objective's weight times its terms."""
     denoising, consistency = objectives.denoising, objectives.direct_consistency
     features, attention = objectives.feature_alignment, objectives.attention_alignment
+    prior = objectives.prior_preservation
     parts: list[Tensor] = []
     if denoising is not None:
         parts.append(denoising.weight * terms["denoising"])
+    if prior is not None:
+        parts.append(prior.weight * terms["prior_preservation"])
     if consistency is not None:
         parts.append(consistency.weight * terms["direct_consistency"])
     if features is not None and "feature_mean" in terms:
@@ -355,6 +419,18 @@ def compared_with_base(step: Step, batch: Batch) -> Iterator[None]:
             columns = step.prompts.columns[batch.photos]
             comparison.enter_context(step.attention_alignment.tuned_pass(columns))
         yield
+
+
+def _tuned_prompts(step: Step, batch: Batch) -> PromptEmbeddings:
+    """Return what the tuned network is asked of each row of the batch."""
+    subject = step.prompts.subject(batch.photos)
+    if step.class_prompts is None or batch.class_images is None:
+        return subject
+    plain = step.class_prompts.subject(batch.class_images)
+    pooled = None
+    if subject.pooled is not None and plain.pooled is not None:
+        pooled = join_halves(subject.pooled, plain.pooled)
+    return PromptEmbeddings(join_halves(subject.tokens, plain.tokens), pooled)
 
 
 def _predict(step: Step, batch: Batch, prompts: PromptEmbeddings) -> Tensor:

@@ -24,7 +24,7 @@ from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 from fastppt.training.loop import train
-from fastppt.training.run import RunResult
+from fastppt.training.result import RunResult
 
 MakeConfig = Callable[..., RunConfig]
 SEED = 11

@@ -60,8 +60,9 @@ def prepared_trainables(config: RunConfig, family: Family) -> tuple[Step, Traina
     ring = MetricRing(metric_names(config.stage), 64, family.device)
     generator = new_generator(config, family)
     (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
-    for name, rate in learning_rates(config.stage[0]).items():
-        step.learning_rates[name].fill_(rate)
+    rates = learning_rates(config.stage[0])
+    for name, rate in step.learning_rates.items():
+        rate.fill_(rates[name])
     return step, trainables
 
 

@@ -167,12 +167,14 @@ def plain_terms(
     *,
     scale: float = 1.0,
     prompts: PlainText | None = None,
+    moved: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The terms of one pass; ``emas`` (base's, tuned's; NaN is not seen) are brought up to date.
 
-    Without ``prompts`` the text is the step's own, as it was encoded for it.
+    Without ``prompts`` the text is the step's own, as it was encoded for it. The tuned network has
+    the ``moved`` weights in the place of its own.
     """
-    weights = dict(network.weights)
+    weights = network.weights | (moved or {})
     for name, (down, up) in leaves.items():
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + scale * (up @ down)
     temperature = TEMPERATURES[network.model]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from fastppt.training import loop
-from fastppt.training.run import RunResult
+from fastppt.training.result import RunResult
 
 
 def contents(root: Path) -> dict[str, object]:
@@ -22,7 +23,8 @@ def contents(root: Path) -> dict[str, object]:
         if path.suffix == ".safetensors":
             # Some of them say in their metadata when they were made.
             tensors = load_file(path)
-            found[name] = {key: tensors[key].numpy().tobytes() for key in sorted(tensors)}
+            bits = {key: tensors[key].flatten().view(torch.uint8) for key in sorted(tensors)}
+            found[name] = {key: value.numpy().tobytes() for key, value in bits.items()}
         elif path.name not in {"README.md", "config.toml", "manifest.json"}:
             found[name] = path.read_bytes()
     return found

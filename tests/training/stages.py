@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from fastppt.config import RunConfig
 from fastppt.data.photos import find_photos
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
@@ -42,19 +43,29 @@ def build_stage(
 ) -> tuple[list[Step], LoraAdapters]:
     """The steps of the buckets of a run's first stage, and the adapters that they train."""
     config = make_config(**{"model.path": model, **settings})
+    steps, trainables = next(build_stages(config, dtype))
+    return steps, trainables.lora
+
+
+def build_stages(
+    config: RunConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[list[Step], Trainables]]:
+    """The steps of each stage of a run, made when they are asked for, and all that it trains."""
     family = load_family(config.model, dtype=dtype)
     config = resolve(config, family)
     masters = torch.promote_types(family.dtype, torch.float32)
     trainables = build_trainables(config, family, dtype=masters)
-    adapters = trainables.lora
     if config.gradient_checkpointing:
         family.checkpoint_blocks()
     photos = find_photos(config.photos.folder)
     buckets, _ = encode(config, family, photos, Console(quiet=True))
     ring = MetricRing(metric_names(config.stage), ROWS, family.device)
     generator = new_generator(config, family)
-    steps = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
-    return steps, adapters
+    for stage in config.stage:
+        yield (
+            build_steps(config, stage, family, trainables, buckets, ring, generator),
+            trainables,
+        )
 
 
 def run_stage(runner: StageRunner, steps: Sequence[Step], num_steps: int) -> None:

@@ -23,8 +23,9 @@ from fastppt.training.build import build_trainables
 from fastppt.training.encoding import MOST_NOTES, encode
 from fastppt.training.loop import resolve, train
 from fastppt.training.metric_names import METRICS
+from fastppt.training.result import RunResult
 from fastppt.training.ring import MetricRing
-from fastppt.training.run import RunResult, TrainingRun, new_generator
+from fastppt.training.run import TrainingRun, new_generator
 from fastppt.training.seeds import BUCKET_STREAM, split_seed
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Step, run_step

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fastppt.config import RunConfig
 from fastppt.errors import UserError
 from fastppt.outputs import files
-from fastppt.outputs.folder import STATE_FILE, RunFolder
+from fastppt.outputs.files import STATE_FILE
+from fastppt.outputs.folder import RunFolder
 from fastppt.training import checkpoint
 from fastppt.training.checkpoint import (
     MANIFEST_FILE,

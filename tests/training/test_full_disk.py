@@ -66,7 +66,7 @@ def uninterrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ("metrics.jsonl", metrics.MetricsFile, "write", 3, [2]),
         ("tensorboard", metrics.Curves, "append", 2, [2]),
         ("state.safetensors", run, "write_checkpoint", 2, [2]),
-        (DIFFUSERS_FILE, loop, "write_lora_files", 1, [2, 4, 6]),
+        (DIFFUSERS_FILE, loop, "write_results", 1, [2, 4, 6]),
         pytest.param("README.md", loop, "model_card", 1, [2, 4, 6], marks=pytest.mark.slow),
     ],
 )

@@ -29,6 +29,9 @@ from tests.training.stages import WITH_BASE, are_equal, build_stage, run_stage, 
 MakeConfig = Callable[..., RunConfig]
 
 
+CONSISTENT = {"stage.0.objectives.direct_consistency.beta": 1000.0}
+
+
 def graph_runner(steps: list[Step]) -> tuple[GraphRunner, ReplayRecorder]:
     recorder = ReplayRecorder([steps[0].generator])
     return GraphRunner(steps, recorder), recorder
@@ -68,6 +71,7 @@ def test_twenty_replayed_steps_equal_eager_ones(make_config: MakeConfig, model: 
         ("mini-sdxl", WITH_BASE | {"stage.0.base_every": 2}, 2),
         ("mini-sd", WITH_BASE | {"stage.0.base_every": 3, "stage.0.gradient_accumulation": 2}, 3),
         ("mini-sd3", WITH_BASE | {"gradient_checkpointing": True}, 1),
+        ("mini-sd", CONSISTENT | {"stage.0.objectives.denoising.weighting": "min_snr"}, 1),
     ],
 )
 def test_every_kind_of_step_is_replayed_as_it_runs(

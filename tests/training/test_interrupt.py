@@ -190,6 +190,24 @@ def test_a_signal_between_two_parts_stops_the_next_one() -> None:
             pytest.fail("began")
 
 
+def message_of_a_signal(*, inside: bool) -> str:
+    """What an end says of a signal that comes inside of two messages, or after the inner one."""
+    try:
+        with Interruption(quiet=True) as interruption, interruption.at_once("outer"):
+            with interruption.at_once("inner"):
+                if inside:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+    except Interrupted as end:
+        return str(end)
+    raise AssertionError("not ended")
+
+
+def test_the_innermost_message_counts_and_then_the_outer_one_again() -> None:
+    assert message_of_a_signal(inside=True) == "SIGTERM: inner"
+    assert message_of_a_signal(inside=False) == "SIGTERM: outer"
+
+
 def test_an_interruption_says_nothing_when_told_to(capfd: pytest.CaptureFixture[str]) -> None:
     with Interruption(quiet=True):
         signal.raise_signal(signal.SIGINT)

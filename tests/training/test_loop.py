@@ -28,7 +28,7 @@ from fastppt.outputs.lora_files import DIFFUSERS_FILE, read_lora_file
 from fastppt.outputs.samples import MARGIN, MIN_CELL
 from fastppt.training import build, engine, loop, run
 from fastppt.training.loop import train as train_run
-from fastppt.training.run import RunResult
+from fastppt.training.result import RunResult
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.seeds import split_seed
 

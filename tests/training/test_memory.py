@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from fastppt.families.base import Family
 from fastppt.families.loading import load_family, make_family, outline_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.training.build import build_trainables
-from fastppt.training.encoding import encode
+from fastppt.training.class_images import find_class_images
+from fastppt.training.encoding import encode, encode_class_sets
 from fastppt.training.live_bytes import LiveBytes
 from fastppt.training.loop import resolve
 from fastppt.training.memory import MemoryPlan, plan_memory
@@ -27,6 +29,8 @@ from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps
 from fastppt.training.step import Step, accumulate_gradients
+from tests.training.weight_steps import APT as WEIGHTS_APT
+from tests.training.weight_steps import weights_config
 
 MakeConfig = Callable[..., RunConfig]
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -52,10 +56,23 @@ def prepared(config: RunConfig, family: Family | None = None) -> Step:
     trainables = build_trainables(config, family)
     if config.gradient_checkpointing:
         family.checkpoint_blocks()
-    buckets, _ = encode(config, family, find_photos(config.photos.folder), Console(quiet=True))
+    quiet = Console(quiet=True)
+    images = find_class_images(config, family, trainables, "", quiet, None)
+    (class_set,) = encode_class_sets(config, family, images).values() or (None,)
+    buckets, _sheet = encode(config, family, find_photos(config.photos.folder), quiet)
     ring = MetricRing(metric_names(config.stage), config.log_every, family.device)
-    generator = new_generator(config, family)
-    (step,) = build_steps(config, config.stage[0], family, trainables, buckets, ring, generator)
+    generators = [new_generator(config, family), new_generator(config, family)]
+    (step,) = build_steps(
+        config,
+        config.stage[0],
+        family,
+        trainables,
+        buckets,
+        ring,
+        generators[0],
+        class_set,
+        generators[1],
+    )
     return step
 
 
@@ -88,7 +105,7 @@ def test_what_lasts_is_what_the_run_holds(make_config: MakeConfig) -> None:
     storages = [p.untyped_storage() for p in step.family.network.parameters()]
     network = {storage._cdata: storage.nbytes() for storage in storages}
     assert lasting["network"] == sum(network.values())
-    assert lasting["adapters"] == lasting["gradients"] == arena.nbytes
+    assert lasting["trained values"] == lasting["gradients"] == arena.nbytes
     assert lasting["working copy"] == 0
     assert lasting["moments"] == state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     assert lasting["anchors"] == 0
@@ -108,7 +125,7 @@ def test_anchors_count_where_they_are_kept(
     make_config: MakeConfig, settings: dict[str, Any], anchored: bool
 ) -> None:
     lasting = planned(make_config(**settings)).lasting
-    assert lasting["anchors"] == (lasting["adapters"] if anchored else 0)
+    assert lasting["anchors"] == (lasting["trained values"] if anchored else 0)
 
 
 def test_half_precision_halves_the_network_and_costs_a_copy_of_the_adapters(
@@ -117,7 +134,7 @@ def test_half_precision_halves_the_network_and_costs_a_copy_of_the_adapters(
     config = make_config()
     wide, narrow = planned(config), planned(config, torch.bfloat16)
     assert 2 * narrow.lasting["network"] == wide.lasting["network"]
-    assert 2 * narrow.lasting["working copy"] == narrow.lasting["adapters"]
+    assert 2 * narrow.lasting["working copy"] == narrow.lasting["trained values"]
     assert narrow.lasting["moments"] == wide.lasting["moments"]
     assert narrow.kept < 0.7 * wide.kept
 
@@ -177,7 +194,7 @@ def test_sdxl_in_full_size_adds_up(make_config: MakeConfig) -> None:
     num_prompts, text, pooled = 2 + 5 + 1, 77 * 2048, 1280
     lasting = {
         "network": 2 * num_weights,
-        "adapters": 4 * num_trained,
+        "trained values": 4 * num_trained,
         "gradients": 4 * num_trained,
         "working copy": 2 * num_trained,
         "moments": 8 * num_trained,
@@ -234,3 +251,143 @@ def test_apt_takes_five_per_cent_more_at_most(
     plain = full_size_plan(name, make_config, **settings)
     apt = full_size_plan(name, make_config, **settings, **APT)
     assert plain.peaks["train"] < apt.peaks["train"] <= 1.05 * plain.peaks["train"]
+
+
+RAW = {"denoising": {}, "anchor": {"weight": 0.1, "form": "raw"}}
+HOST = {"denoising": {}, "anchor": {"weight": 0.1, "form": "raw", "storage": "host"}}
+DCO = {"direct_consistency": {}}
+BF16 = {"model.precision": "bf16"}
+EIGHT_BIT = {"optimizer": {"moments": "8bit"}}
+
+
+def kind(
+    name: str,
+    trainables: dict[str, Any],
+    objectives: dict[str, Any] | None = None,
+    *,
+    fast: bool = False,
+    of_stage: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    marks = () if fast else pytest.mark.slow
+    of_stage = {"trainables": trainables, "objectives": objectives or RAW, **(of_stage or {})}
+    return pytest.param(of_stage, settings, id=name, marks=marks)
+
+
+KINDS = [
+    kind("full", {"full": {}}, fast=True, of_stage={"ema_decay": 0.9}),
+    kind("full-bf16", {"full": {}}, **BF16),
+    kind("full-bf16-base", {"full": {}}, DCO, **BF16),
+    kind("full-bf16-alone", {"full": {"master_weights": False}}, HOST, of_stage=EIGHT_BIT, **BF16),
+    kind("full-up", {"full": {"targets": ["up_blocks.*"]}}, WEIGHTS_APT),
+    kind("full-checkpointed", {"full": {}}, gradient_checkpointing=True),
+    kind("custom_diffusion", {"custom_diffusion": {}, "tokens": {}}),
+    kind("svdiff", {"svdiff": {}}, fast=True),
+    kind("svdiff-bf16", {"svdiff": {}}, WEIGHTS_APT, **BF16),
+    *(kind(name, {name: {}}) for name in ("dora", "loha", "lokr", "boft")),
+    kind("oft", {"oft": {"block_size": 16}}),
+    kind("tokens", {"tokens": {}}),
+    kind("text", {"text_encoder_lora": {}}, {"denoising": {}}),
+    kind("prior", {"lora": {}}, {"denoising": {}, "prior_preservation": {"num_images": 4}}),
+]
+
+
+@pytest.mark.parametrize(("of_stage", "settings"), KINDS)
+def test_a_run_of_every_trainable_holds_and_takes_what_is_predicted(
+    photos: Path, of_stage: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    prior = of_stage["objectives"].get("prior_preservation")
+    if prior is not None:
+        prior["folder"] = str(photos)
+    words = {"prompts.token": "<v>"} if "tokens" in of_stage["trainables"] else {}
+    config = weights_config(photos, [{"steps": 6, **of_stage}], **settings, **words)
+    dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+    plan = planned(config, dtype)
+    before = tensors_alive()
+    family = load_family(config.model)
+    step = prepared(config, family)
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_alive()}
+    others = [*before, *family.vae.parameters(), *family.vae.buffers()]
+    for tensor in others:
+        held.pop(tensor.untyped_storage()._cdata, None)
+    assert sum(plan.lasting.values()) == pytest.approx(sum(held.values()), rel=0.02)
+    assert plan.host == 0
+    # All that is large has a name.
+    assert 0 < plan.lasting["tables and metrics"] < 64 * 1024
+    with LiveBytes(CPU) as counter, counter.kept_for_backward():
+        accumulate_gradients(step)
+    assert plan.kept == pytest.approx(counter.kept, rel=0.02)
+    in_step = plan.peaks["train"] - sum(plan.lasting.values())
+    assert in_step == pytest.approx(counter.peak, rel=0.02)
+
+
+def tensors_alive() -> list[torch.Tensor]:
+    """Every tensor that Python knows of."""
+    gc.collect()
+    return [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), torch.Tensor) and each.device == CPU
+    ]
+
+
+def test_anchors_of_a_gpu_that_lie_in_host_memory_are_counted_there(photos: Path) -> None:
+    stages = [{"steps": 6, "trainables": {"full": {}}, "objectives": HOST}]
+    here = planned(weights_config(photos, stages))
+    there = planned(weights_config(photos, stages, model__device="cuda"))
+    assert here.host == 0 and there.host == here.lasting["anchors"] > 0
+    # Two buffers of as much as there is, and no more: a mini model is smaller than they are.
+    assert there.lasting["anchors"] == 0
+    assert there.lasting["anchor buffers"] == 2 * there.host
+    same = ("trained values", "gradients", "moments", "network")
+    assert all(there.lasting[name] == here.lasting[name] for name in same)
+
+
+def test_class_images_take_what_is_predicted(make_config: MakeConfig, tmp_path: Path) -> None:
+    prior = {"batch_size": 2, "num_images": 2, "steps": 1, "cache": str(tmp_path)}
+    objective = {f"stage.0.objectives.prior_preservation.{k}": v for k, v in prior.items()}
+    config, plain = make_config("lora", **objective), planned(make_config("lora"))
+    plan = planned(config)
+    assert list(plan.peaks) == ["class images", "encode", "train"]
+    family = load_family(config.model)
+    config = resolve(config, family)
+    trainables = build_trainables(config, family)
+    with LiveBytes(CPU) as counter:
+        find_class_images(config, family, trainables, "", Console(quiet=True), None)
+    held = sum(family.weight_bytes().values())
+    held += sum(2 * arena.flat.nbytes for arena in trainables.arenas.values())
+    # The host has the noise and the pictures too.
+    assert plan.peaks["class images"] - held == pytest.approx(counter.peak, rel=0.05)
+    of_photos = plain.lasting["latents"]
+    assert plan.lasting["latents"] == of_photos + of_photos // 5 * 2
+    # Two halves of a batch.
+    assert plan.kept == pytest.approx(2 * plain.kept, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_24_gb_card_has_room_for_all_weights_of_sdxl(photos: Path) -> None:
+    """Every number is counted by hand from the number of weights; parts of the arena are padded."""
+    of_stage = {
+        "trainables": {"full": {"master_weights": False}},
+        "objectives": HOST,
+        "optimizer": {"moments": "8bit"},
+    }
+    settings = {"gradient_checkpointing": True, "engine": "eager", "samples.enabled": True}
+    config = weights_config(
+        photos, [{"steps": 6, **of_stage}], "owner/name", **settings, model__device="cuda"
+    )
+    pipeline = build_pipeline("sdxl", "meta", torch.bfloat16)
+    model = ModelConfig(path="owner/name")
+    plan = plan_memory(config, make_family("sdxl", pipeline, model, META, torch.bfloat16))
+    num_weights = 2_567_463_684
+    counted = {
+        "trained values": 2 * num_weights,
+        "gradients": 2 * num_weights,
+        "moments": 2 * num_weights * (1 + 4 / 256),
+        "anchor buffers": 2 * 2**24,
+    }
+    for name, size in counted.items():
+        assert plan.lasting[name] == pytest.approx(size, rel=1e-4)
+    assert plan.host == pytest.approx(2 * num_weights, rel=1e-4)
+    assert sum(plan.lasting.values()) == pytest.approx(sum(counted.values()), rel=1e-3)
+    assert plan.peak < 20e9

@@ -474,11 +474,13 @@ def test_a_run_killed_right_after_its_folder_was_made_is_resumed(
 
 
 def test_keys_that_may_change_are_named_and_kept(stopped: Path) -> None:
-    text = said(stopped, save_dtype="bf16", log_every=1, keep_checkpoints=1)
+    changes = {"log_every": 1, "keep_checkpoints": 1, "stage__0__checkpoint_every": 5}
+    text = said(stopped, save_dtype="bf16", **changes)
     assert [line for line in text.splitlines() if line.startswith("changed: ")] == [
         "changed: log_every was 10 and is 1",
         "changed: keep_checkpoints was 0 and is 1",
         "changed: save_dtype was fp32 and is bf16",
+        "changed: stage.0.checkpoint_every was 0 and is 5",
     ]
     config = build_config(file=stopped / "config.toml")
     assert (config.save_dtype, config.log_every) == ("bf16", 1)
@@ -587,7 +589,7 @@ def test_another_machine_and_other_encodings_are_noted(stopped: Path) -> None:
     table["identity"]["encodings"] = "0"
     file.write_text(json.dumps(table))
     text = said(stopped)
-    assert f"note: torch was 1.0 and is {torch.__version__}; photos or prompts are not" in text
+    assert f"note: torch was 1.0 and is {torch.__version__}; photos, class images or" in text
 
 
 def test_rows_of_metrics_that_are_gone_are_noted(stopped: Path) -> None:

@@ -277,7 +277,7 @@ def test_what_text_takes_is_what_is_predicted(make_config: MakeConfig, model: st
     assert in_step == pytest.approx(counter.peak, rel=0.02)
     assert plan.lasting["text encoders"] == family.weight_bytes()["text encoders"] > 0
     arenas = trainables.arenas.values()
-    assert plan.lasting["adapters"] == sum(arena.flat.nbytes for arena in arenas)
+    assert plan.lasting["trained values"] == sum(arena.flat.nbytes for arena in arenas)
     moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in step.optimizer.state.values()]
     assert plan.lasting["moments"] == sum(a.nbytes + b.nbytes for a, b in moments)
     assert len(moments) == 3
