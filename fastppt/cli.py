@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fastppt import __version__, flags
-from fastppt.config_io import RECIPES, build_config, load_recipe, render_toml
+from fastppt.config_io import build_config, render_toml, stage_tables
 from fastppt.console import SafeConsole, SafeFormatter, printable, silence
 from fastppt.faults import report, report_thread, user_errors
 from fastppt.machine import peak_host_memory, size_in_words
+from fastppt.recipe_list import print_recipe, print_recipes
 from fastppt.training.interrupt import (
     NOT_DONE,
     NOT_YET_RESUMED,
@@ -33,7 +33,7 @@ from fastppt.training.interrupt import (
 )
 
 if TYPE_CHECKING:
-    from fastppt.training.run import RunResult
+    from fastppt.training.result import RunResult
 
 app = typer.Typer(
     add_completion=False,
@@ -91,6 +91,8 @@ def train(
     rank: flags.Rank = None,
     learning_rate: flags.LearningRate = None,
     anchor_weight: flags.AnchorWeight = None,
+    class_images: flags.ClassImages = None,
+    num_class_images: flags.NumClassImages = None,
     init_lora: flags.InitLora = None,
     engine: flags.EngineName = None,
     gradient_checkpointing: flags.GradientCheckpointing = None,
@@ -127,14 +129,18 @@ def train(
                 from fastppt.training.loop import resume as resume_run
                 from fastppt.training.resume import find_run
 
-            place.folder = find_run(resume)[0].root
+            run_folder = find_run(resume)[0]
+            place.folder = run_folder.root
+            stages = stage_tables(file=run_folder.config, settings=changes)
+            changes = [*flags.stage_settings(given, stages), *changes]
             resumed = resume_run(resume, changes, console)
             if resumed is not None:
                 _print_result(resumed, console)
             return
+        stages = stage_tables(recipe, run, changes)
+        changes = [*flags.stage_settings(given, stages), *changes]
         config = build_config(recipe, run, changes)
         place.folder = config.output
-        flags.check_stage_flags(config, given)
         with ended_at_once(NOTHING_TRAINED):
             from fastppt.training.loop import train as train_run
 
@@ -144,8 +150,13 @@ def train(
 
 @app.command()
 def generate(
-    lora: Annotated[Path, typer.Option(help="Folder of a finished run, or a LoRA file.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a finished run, or a checkpoint of one.")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA file, or the folder of a run that trained a LoRA.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 1,
     seed: Annotated[
         int | None,
@@ -157,7 +168,8 @@ def generate(
     ] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures (default: LORA/generated).")
+        Path | None,
+        typer.Option(help="Folder for the pictures (default: generated, in the run's folder)."),
     ] = None,
     embedding: Annotated[
         Path | None,
@@ -176,7 +188,7 @@ def generate(
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the table `model`."),
     ] = None,
 ) -> None:
-    """Draw pictures with a trained LoRA."""
+    """Draw pictures with what a run has trained, or with a LoRA file."""
     given = locals()
     with user_errors(output), interruptions():
         model_settings = flags.model_settings(given, settings)
@@ -187,6 +199,7 @@ def generate(
             paths = generate_pictures(
                 lora,
                 prompt,
+                run=run,
                 count=count,
                 seed=seed,
                 steps=steps,
@@ -291,14 +304,17 @@ def doctor(
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes: one published method each."""
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Say where this one is from, and show it.")
+    ] = None,
+) -> None:
+    """List the recipes, one published method each, and the families of models that they are for."""
     with user_errors():
-        table = Table("recipe", "families", "what it is")
-        for name in RECIPES:
-            recipe, _ = load_recipe(name)
-            table.add_row(name, ", ".join(recipe.families), recipe.summary)
-        SafeConsole().print(table)
+        if name is None:
+            print_recipes()
+        else:
+            print_recipe(name)
 
 
 @app.command()
@@ -374,6 +390,6 @@ def _print_result(result: RunResult, console: Console) -> None:
         console.print(f"  {path}", soft_wrap=True, markup=False)
     root = shlex.quote(str(result.folder.root))
     prompt = shlex.quote(result.trigger_prompt)
-    command = f"{_program()} generate --lora {root} --prompt {prompt} --count 4"
+    command = f"{_program()} generate --run {root} --prompt {prompt} --count 4"
     console.print("use it:")
     console.print(f"  {command}", soft_wrap=True, markup=False)

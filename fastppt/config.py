@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fastppt.config_types import CompileScope, Engine, FilePath, Place, Section, Seed
-from fastppt.stage_config import StageConfig
+from fastppt.config_types import CompileScope, Engine, FilePath, Place, Section, Seed, Storage
+from fastppt.stage_config import AnchorConfig, StageConfig
 from fastppt.trainables_config import (
     NETWORK_TRAINABLES,
     LoraConfig,
@@ -165,9 +165,19 @@ class RunConfig(Section):
         return self.recipe or "own stages"
 
     @property
+    def steps_in_words(self) -> str:
+        """The steps of each stage, such as `100 + 400`."""
+        return " + ".join(str(stage.steps) for stage in self.stage)
+
+    @property
     def augment(self) -> bool:
         """Say whether a step of any stage may draw augmented views."""
         return any(stage.objectives.augment for stage in self.stage)
+
+    @property
+    def prior_preservation(self) -> bool:
+        """Say whether any stage trains on class images."""
+        return any(stage.objectives.prior_preservation is not None for stage in self.stage)
 
     @property
     def move_text(self) -> bool:
@@ -184,6 +194,46 @@ class RunConfig(Section):
         order = [name for name in TrainablesConfig.model_fields if name in found]
         return {name: found[name] for name in order}
 
+    @property
+    def network(self) -> str | None:
+        """Name of what moves in the network in any stage; None where nothing does."""
+        return next((name for name in self.trainables if name in NETWORK_TRAINABLES), None)
+
+    @property
+    def kept_weights(self) -> Storage | None:
+        """Where the pretrained weights are kept beside trained ones, for anchors and base passes.
+
+        None where nothing needs them, or none of the network's own weights is trained.
+        """
+        training = [stage.trainables.network_weights is not None for stage in self.stage]
+        if not any(training):
+            return None
+        if any(stage.objectives.need_base for stage in self.stage[training.index(True) :]):
+            return "device"
+        return next((anchor.storage for _, anchor in self._weight_anchors), None)
+
+    @property
+    def _weight_anchors(self) -> list[tuple[int, AnchorConfig]]:
+        """The anchors that hold the network's own weights, by stage."""
+        return [
+            (index, stage.objectives.anchor)
+            for index, stage in enumerate(self.stage)
+            if stage.trainables.network_weights is not None
+            and stage.objectives.anchor is not None
+            and stage.objectives.anchor.weight > 0
+        ]
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> RunConfig:
+        for index, anchor in self._weight_anchors:
+            if anchor.storage != self.kept_weights:
+                raise ValueError(
+                    f"stage.{index}.objectives.anchor.storage must be {self.kept_weights}, got "
+                    f"{anchor.storage}: all stages are held to the same weights, the pretrained "
+                    "ones, and a stage that compares with the base takes them from the device"
+                )
+        return self
+
     @model_validator(mode="after")
     def _check_scope(self) -> RunConfig:
         if self.compile_scope != "blocks" and "compile" not in self.engine:
@@ -199,6 +249,15 @@ class RunConfig(Section):
             raise ValueError(
                 "photos.refresh_every: no stage draws augmented views, so there are none to draw "
                 "anew; leave it out, or set stage.N.objectives.denoising.weighting to adaptive"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_class_images(self) -> RunConfig:
+        if self.photos.buckets and self.prior_preservation:
+            raise ValueError(
+                "photos.buckets: class images are square, and one batch has them beside the "
+                "photos; leave buckets out, or the table prior_preservation"
             )
         return self
 

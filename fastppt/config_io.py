@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 import tomllib
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
-from fastppt.config import Recipe, RunConfig
+from fastppt.config import ModelConfig, Recipe, RunConfig
+from fastppt.config_errors import SHOWN, did_you_mean, explain, key_of, shown
+from fastppt.config_types import section_type
 from fastppt.errors import UserError
 from fastppt.text_files import read_toml
+from fastppt.trainables_config import NETWORK_TRAINABLES, TrainablesConfig
 
 Table = dict[str, Any]
 
-# Letters: of a value in a message, and of a ``--set``.
-SHOWN = 80
+# Letters of a ``--set``.
 LONGEST_SETTING = 10_000
 
-RECIPES = ("lora", "ppt-lora", "apt-base", "apt-ata", "apt-ata-rs", "apt")
+RECIPES = (
+    *("lora", "ppt-lora", "lora-prior"),
+    *("dreambooth", "dreambooth-prior", "ppt-dreambooth"),
+    *("custom-diffusion", "custom-diffusion-prior", "ppt-custom-diffusion"),
+    *("textual-inversion", "dco", "oft", "svdiff", "rare-token"),
+    *("apt-base", "apt-ata", "apt-ata-rs", "apt"),
+)
 DEFAULT_RECIPE = "ppt-lora"
+
+# Tables of which a stage has one at most.
+ALTERNATIVES = [
+    section_type(TrainablesConfig.model_fields[name].annotation) for name in NETWORK_TRAINABLES
+]
 
 # Settings without which a run cannot start, and the flag that gives each.
 REQUIRED = {
@@ -36,45 +45,39 @@ REQUIRED = {
     "output": "--output",
 }
 
-# What the patterns of `config` mean.
-PATTERNS_IN_WORDS = {
-    "model.device": "must be auto, cpu, cuda or cuda:N",
-    "name": "must begin with a letter or digit and hold only those, spaces and . _ -",
-    "prompts.class_prompt": "must contain {class_noun}",
-    "prompts.subject": "must contain {token}",
-    "prompts.template": "must contain {subject}",
-}
 
-# pydantic's names for values of the wrong type, and what is wanted.
-TYPES_IN_WORDS = {
-    "bool_type": "true or false",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "list_type": 'a list, such as ["a", "b"]',
-    "path_type": "text in quotes",
-    "string_too_short": "text that is not empty",
-    "string_type": "text in quotes",
-    "too_short": "a list that is not empty",
-    "string_unicode": "text in UTF-8",
-}
-
-
-def load_recipe(name: str) -> tuple[Recipe, Table]:
+def load_recipe(name: str, family: str | None = None) -> tuple[Recipe, Table]:
     """Return a recipe's description and its part of a run.
+
+    Args:
+        name: Of the recipe.
+        family: Of the model. A recipe may have a `[[variant]]` for some of its families, a part of
+            a run that lies over the rest; its stages replace those of the rest whole.
 
     Raises:
         UserError: there is no recipe of that name; the nearest one is named.
     """
     if name not in RECIPES:
         raise UserError(
-            f"recipe {_shown(name)} does not exist{_did_you_mean(name, RECIPES)} "
+            f"recipe {shown(name)} does not exist{did_you_mean(name, RECIPES)} "
             f"(there are: {', '.join(RECIPES)})"
         )
-    text = files("fastppt").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+    table = tomllib.loads(recipe_text(name))
     described = {key: table.pop(key) for key in Recipe.model_fields}
+    for variant in table.pop("variant", ()):
+        if family in variant.pop("families"):
+            table = _merge(table, variant)
     return Recipe.model_validate(described), table
+
+
+def recipe_text(name: str) -> str:
+    """Return the TOML file of one of `RECIPES`."""
+    return files("fastppt").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+
+
+def recipe_settings(name: str) -> str:
+    """Return the settings of one of `RECIPES` as they stand in its file, variants among them."""
+    return recipe_text(name).partition("\n\n")[2]
 
 
 def build_config(
@@ -86,7 +89,8 @@ def build_config(
 
     A ``[[stage]]`` list in the file replaces the recipe's stages whole, so that a file which a run
     wrote gives that run again. Without a recipe, and without stages in the file, the recipe is
-    ``ppt-lora``.
+    ``ppt-lora``. A recipe that differs by family is that of the model's; without a model, that of
+    its first family.
 
     Args:
         recipe: Name of a recipe; wins over the file's ``recipe``.
@@ -96,23 +100,7 @@ def build_config(
     Raises:
         UserError: unknown recipe, unreadable file, unknown key, or a value out of range.
     """
-    table = read_toml(file) if file is not None else {}
-    recipe = dict(settings).get("recipe", recipe)
-    name = recipe if recipe is not None else table.get("recipe")
-    if name is not None and not isinstance(name, str):
-        origin = f"{file}: " if recipe is None else ""
-        raise UserError(f"{origin}recipe must be a name in quotes, got {_shown(name)}")
-    if isinstance(table.get("stage"), dict):
-        raise UserError(f"{file}: write [[stage]] with two brackets: a run is a list of stages")
-    if name is None and "stage" not in table:
-        name = DEFAULT_RECIPE
-    if name is not None:
-        if recipe is not None and recipe != table.get("recipe"):
-            # Another recipe than the file's was asked for by flag: its stages win.
-            table.pop("stage", None)
-        table = _merge(load_recipe(name)[1], table) | {"recipe": name}
-    for key, value in settings:
-        _set_key(table, key, value)
+    name, table = _lay(recipe, file, settings)
     try:
         return RunConfig.model_validate(table)
     except RecursionError:
@@ -121,10 +109,80 @@ def build_config(
         origin = str(file) if file is not None else f"recipe {name}"
         given = {key for key, _ in settings}
         messages = [
-            _explain(details) if _key(details) in given else f"{origin}: {_explain(details)}"
+            explain(details) if key_of(details) in given else f"{origin}: {explain(details)}"
             for details in error.errors()
         ]
         raise UserError("\n".join(messages)) from None
+
+
+def stage_tables(
+    recipe: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[tuple[str, Any]] = (),
+) -> list[Table]:
+    """Return the stages that `build_config` is going to check, as they are written.
+
+    Raises:
+        UserError: as `build_config`, but for what is in the stages.
+    """
+    stages = _lay(recipe, file, settings)[1].get("stage")
+    stages = stages if isinstance(stages, list) else []
+    return [stage if isinstance(stage, dict) else {} for stage in stages]
+
+
+def _lay(
+    recipe: str | None, file: Path | None, settings: Sequence[tuple[str, Any]]
+) -> tuple[str | None, Table]:
+    """Return the name of the recipe, and recipe, file and settings one over the other."""
+    table = read_toml(file) if file is not None else {}
+    recipe = dict(settings).get("recipe", recipe)
+    name = recipe if recipe is not None else table.get("recipe")
+    if name is not None and not isinstance(name, str):
+        origin = f"{file}: " if recipe is None else ""
+        raise UserError(f"{origin}recipe must be a name in quotes, got {shown(name)}")
+    if isinstance(table.get("stage"), dict):
+        raise UserError(f"{file}: write [[stage]] with two brackets: a run is a list of stages")
+    if name is None and "stage" not in table:
+        name = DEFAULT_RECIPE
+    if name is not None:
+        if recipe is not None and recipe != table.get("recipe"):
+            # Another recipe than the file's was asked for by flag: its stages win.
+            table.pop("stage", None)
+        family = _model_family(table, settings) if _varies(name, table) else None
+        table = _merge(load_recipe(name, family)[1], table) | {"recipe": name}
+    for key, value in settings:
+        _set_key(table, key, value)
+    return name, table
+
+
+def _varies(name: str, table: Table) -> bool:
+    """Say whether the stages of a run come from a recipe that has others for other families."""
+    return (
+        "stage" not in table and name in RECIPES and "variant" in tomllib.loads(recipe_text(name))
+    )
+
+
+def _model_family(table: Table, settings: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the family of the model that file and settings give; None without one.
+
+    Raises:
+        UserError: there is no such model, or it is of no known family.
+    """
+    given = {"model": dict(table["model"])} if isinstance(table.get("model"), dict) else {}
+    for key, value in settings:
+        if key.startswith("model."):
+            _set_key(given, key, value)
+    try:
+        model = ModelConfig.model_validate(given.get("model", {}))
+    except (ValidationError, RecursionError):
+        # It is refused with the rest of the configuration.
+        return None
+    if model.path is None:
+        return None
+    # Imported where a recipe asks: it takes seconds.
+    from fastppt.families.loading import detect_family
+
+    return detect_family(model)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -183,8 +241,8 @@ def render_toml(config: RunConfig) -> str:
     """Return the whole configuration as TOML, with the sentence of each field above it.
 
     Unset keys stand there as comments, and so do tables that the run does without, such as an
-    objective that it does not have, with their defaults. `build_config` on the text gives an equal
-    configuration.
+    objective that it does not have, with their defaults; of what else could move the network there
+    is a line each. `build_config` on the text gives an equal configuration.
     """
     head = "# A run of fastppt. `fastppt train FILE` takes this file; flags win over it.\n"
     return head + "\n".join(_render_table(config, ())) + "\n"
@@ -193,14 +251,21 @@ def render_toml(config: RunConfig) -> str:
 def _render_table(section: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
     tables: list[tuple[str, Any, type[BaseModel]]] = []
     for name, field in type(section).model_fields.items():
-        value, own_type = getattr(section, name), _section_type(field.annotation)
+        value, own_type = getattr(section, name), section_type(field.annotation)
         if own_type is not None:
             tables.append((name, value, own_type))
         else:
             assert field.description is not None
             yield from (f"# {line}" for line in field.description.splitlines())
             yield _render_key(name, value)
+    others = [
+        (name, own_type)
+        for name, value, own_type in tables
+        if value is None and own_type in ALTERNATIVES
+    ]
     for name, value, own_type in tables:
+        if (name, own_type) in others:
+            continue
         if value is None:
             lines = list(_render_header(own_type(), (*path, name), "[{}]"))
             yield from (f"# {line}" if line else "" for line in lines)
@@ -209,14 +274,23 @@ def _render_table(section: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
         else:
             for stage in value:
                 yield from _render_header(stage, (*path, name), "[[{}]]")
+    if others:
+        yield from ("", "# What could move the network in its place, one at a time:")
+        for name, own_type in others:
+            yield f"# [{'.'.join((*path, name))}]  {' '.join(_description(own_type))}"
 
 
 def _render_header(section: BaseModel, path: tuple[str, ...], brackets: str) -> Iterator[str]:
     yield ""
-    doc = (type(section).__doc__ or "").strip().split("\n\n")[0]
-    yield from (f"# {line.strip()}" for line in doc.splitlines())
+    yield from (f"# {line}" for line in _description(type(section)))
     yield brackets.format(".".join(path))
     yield from _render_table(section, path)
+
+
+def _description(section: type[BaseModel]) -> list[str]:
+    """Return the lines of the sentence that says what a table is."""
+    sentence = (section.__doc__ or "").strip().split("\n\n")[0]
+    return [line.strip() for line in sentence.splitlines()]
 
 
 def _render_key(name: str, value: Any) -> str:
@@ -259,88 +333,3 @@ def _list_item(items: list[Any], part: str, key: str) -> Any:
         counted = ", ".join(known) or "none"
         raise UserError(f"{key}: there is no such stage (stages count from 0; here: {counted})")
     return items[int(part)]
-
-
-def _explain(details: ErrorDetails) -> str:
-    """Say one of pydantic's findings in a user's words: the key, what is wanted, what was given."""
-    key = _key(details)
-    context = details.get("ctx", {})
-    given = _shown(details["input"])
-    match details["type"]:
-        case "extra_forbidden":
-            section = _section_at(details["loc"][:-1])
-            names = list(section.model_fields) if section is not None else []
-            return f"unknown key {key}{_did_you_mean(str(details['loc'][-1]), names)}"
-        case "greater_than_equal":
-            return f"{key} must be >= {context['ge']:g}, got {given}"
-        case "greater_than":
-            return f"{key} must be > {context['gt']:g}, got {given}"
-        case "less_than":
-            return f"{key} must be < {context['lt']:g}, got {given}"
-        case "less_than_equal":
-            return f"{key} must be <= {context['le']:g}, got {given}"
-        case "literal_error":
-            return f"{key} must be {context['expected']}, got {given}"
-        case "model_type" | "dict_type":
-            return f"{key} must be a table, got {given}"
-        case "missing":
-            return f"{key} is missing"
-        case "value_error":
-            return f"{key}: {context['error']}" if key else str(context["error"])
-        case "string_pattern_mismatch":
-            return f"{key} {PATTERNS_IN_WORDS[key]}, got {given}"
-        case kind if kind in TYPES_IN_WORDS:
-            return f"{key} must be {TYPES_IN_WORDS[kind]}, got {given}"
-        case _:
-            message = details["msg"][0].lower() + details["msg"][1:]
-            return f"{key}: {message}, got {given}"
-
-
-class _Shown(reprlib.Repr):
-    """Writes values as Python does, cut where they are long or deep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = SHOWN
-
-    def repr_int(self, number: int, level: int) -> str:
-        """Write a whole number; Python itself writes none of thousands of digits in decimals."""
-        if abs(number) < 10**SHOWN:
-            return repr(number)
-        return f"{'-' * (number < 0)}{hex(abs(number))[:SHOWN]}..."
-
-
-def _shown(value: object) -> str:
-    """Return a value as Python writes it, cut where it is long or deep."""
-    return _Shown().repr(value)
-
-
-def _key(details: ErrorDetails) -> str:
-    # A key from a file may be as long as the file.
-    return ".".join(str(part)[:SHOWN] for part in details["loc"])
-
-
-def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = RunConfig
-    for part in location:
-        if isinstance(part, int) or section is None:
-            continue
-        field = section.model_fields.get(part)
-        section = _section_type(field.annotation) if field is not None else None
-    return section
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds: itself, optional, or the items of its list."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    for argument in get_args(annotation):
-        found = _section_type(argument)
-        if found is not None:
-            return found
-    return None
-
-
-def _did_you_mean(given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given[:SHOWN], known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

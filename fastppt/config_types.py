@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -50,3 +51,14 @@ class Section(BaseModel):
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("must be below 2^63")
         return value
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds: itself, optional, or the items of its list."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in get_args(annotation):
+        found = section_type(argument)
+        if found is not None:
+            return found
+    return None

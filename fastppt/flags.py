@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastppt.config import RunConfig
-from fastppt.config_io import parse_setting
+from fastppt.config_io import Table, parse_setting
+from fastppt.config_types import section_type
 from fastppt.errors import UserError
+from fastppt.trainables_config import NETWORK_TRAINABLES, TrainablesConfig
+
+# The tables of what can be trained, by name.
+TRAINABLES = {
+    name: table
+    for name, field in TrainablesConfig.model_fields.items()
+    if (table := section_type(field.annotation)) is not None
+}
 
 Config = Annotated[
     Path | None, typer.Argument(metavar="[RUN.TOML]", help="A run's TOML file; flags win over it.")
@@ -48,8 +57,20 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same run
 Resolution = Annotated[int | None, typer.Option(help="Side of the training square in pixels.")]
 BatchSize = Annotated[int | None, typer.Option(help="Photos a pass.")]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapters.")]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the adapters.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Learning rate of what moves in the network, or of the only thing that moves."
+    ),
+]
 AnchorWeight = Annotated[float | None, typer.Option(help="Weight of the anchor.")]
+ClassImages = Annotated[
+    Path | None,
+    typer.Option(help="Folder with pictures of the class, for prior preservation."),
+]
+NumClassImages = Annotated[
+    int | None, typer.Option(help="Pictures of the class: of that folder, or drawn.")
+]
 InitLora = Annotated[Path | None, typer.Option(help="LoRA file or run folder to start from.")]
 EngineName = Annotated[
     str | None, typer.Option("--engine", help="auto, eager, compile, graph or graph+compile.")
@@ -85,6 +106,16 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as stage.0.steps=200."),
 ]
 
+# Flags of a stage, and the key that each sets: of the stage, or of something that it trains.
+STAGE_KEYS = {
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "anchor_weight": "objectives.anchor.weight",
+    "class_images": "objectives.prior_preservation.folder",
+    "num_class_images": "objectives.prior_preservation.num_images",
+}
+TRAINABLE_KEYS = {"rank": "rank", "learning_rate": "learning_rate"}
+
 # Flag, and the key that it sets.
 FLAG_KEYS = {
     "model": "model.path",
@@ -101,14 +132,8 @@ FLAG_KEYS = {
     "token": "prompts.token",
     "output": "output",
     "name": "name",
-    "steps": "stage.0.steps",
     "seed": "seed",
     "resolution": "photos.resolution",
-    "batch_size": "stage.0.batch_size",
-    "rank": "stage.0.trainables.lora.rank",
-    "learning_rate": "stage.0.trainables.lora.learning_rate",
-    "anchor_weight": "stage.0.objectives.anchor.weight",
-    "init_lora": "stage.0.trainables.lora.init",
     "engine": "engine",
     "gradient_checkpointing": "gradient_checkpointing",
     "deterministic": "deterministic",
@@ -127,7 +152,7 @@ FLAG_KEYS = {
 def flag_settings(given: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return key and value of each flag that was given; paths become text, as in a TOML file."""
     return [
-        (key, str(given[flag]) if isinstance(given[flag], Path) else given[flag])
+        (key, _as_in_toml(given[flag]))
         for flag, key in FLAG_KEYS.items()
         if given.get(flag) is not None
     ]
@@ -161,11 +186,74 @@ def check_resume_flags(run: Path | None, recipe: str | None, overwrite: bool) ->
             )
 
 
-def check_stage_flags(config: RunConfig, given: dict[str, Any]) -> None:
-    """Refuse flags that do not say which of several stages they mean."""
-    for flag, key in FLAG_KEYS.items():
-        if len(config.stage) > 1 and given[flag] is not None and key.startswith("stage.0."):
-            raise UserError(
-                f"--{flag.replace('_', '-')}: this run has {len(config.stage)} stages; "
-                f"say which one with --set {key.replace('.0.', '.N.')}=..."
-            )
+def stage_settings(given: dict[str, Any], stages: Sequence[Table]) -> list[tuple[str, Any]]:
+    """Return key and value of each flag that was given and is about a stage.
+
+    `--rank` and `--learning-rate` are for what moves in the network in a run of one stage, or else
+    for the only thing that has such a key; `--init-lora` for the first stage that trains a LoRA;
+    the others for the one stage.
+
+    Args:
+        given: Flags and their values.
+        stages: Of the run, as `stage_tables` returns them. What is wrong in them is for
+            `build_config` to say.
+
+    Raises:
+        UserError: a flag does not say which of several places it means, or there is none for it.
+    """
+    moving = [(index, name) for index, stage in enumerate(stages) for name in _trainables_of(stage)]
+    settings = []
+    for flag, key in STAGE_KEYS.items():
+        if given.get(flag) is not None and stages:
+            if len(stages) > 1:
+                raise _unclear(flag, f"this run has {len(stages)} stages", [f"stage.N.{key}"])
+            settings.append((f"stage.0.{key}", _as_in_toml(given[flag])))
+    for flag, key in TRAINABLE_KEYS.items():
+        if given.get(flag) is not None and moving:
+            settings.append((_trainable_key(flag, key, moving, len(stages)), given[flag]))
+    if given.get("init_lora") is not None and moving:
+        index = next((index for index, name in moving if name == "lora"), None)
+        if index is None:
+            raise UserError(f"--init-lora: this run trains no LoRA, but {_in_words(moving)}")
+        settings.append((f"stage.{index}.trainables.lora.init", str(given["init_lora"])))
+    return settings
+
+
+def _as_in_toml(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _trainable_key(flag: str, key: str, moving: Sequence[tuple[int, str]], num_stages: int) -> str:
+    """Return the key of the one trainable that a flag can mean."""
+    having = [(index, name) for index, name in moving if key in TRAINABLES[name].model_fields]
+    in_network = [place for place in moving if place[1] in NETWORK_TRAINABLES]
+    if num_stages == 1 and in_network:
+        chosen = [place for place in in_network if place in having]
+    else:
+        chosen = having
+    if len(chosen) == 1:
+        ((index, name),) = chosen
+        return f"stage.{index}.trainables.{name}.{key}"
+    keys = [f"stage.{index}.trainables.{name}.{key}" for index, name in having]
+    if keys:
+        raise _unclear(flag, f"this run trains {_in_words(moving)}", keys)
+    raise UserError(
+        f"--{flag.replace('_', '-')}: this run trains {_in_words(moving)}, without a {key}; leave "
+        "it out"
+    )
+
+
+def _trainables_of(stage: Table) -> list[str]:
+    """Return the names of what a stage trains."""
+    tables = stage.get("trainables")
+    return [name for name in TRAINABLES if isinstance(tables, dict) and name in tables]
+
+
+def _unclear(flag: str, reason: str, keys: Sequence[str]) -> UserError:
+    """Return what refuses a flag that could mean several keys."""
+    ways = " or ".join(f"--set {key}=..." for key in keys)
+    return UserError(f"--{flag.replace('_', '-')}: {reason}; say which one with {ways}")
+
+
+def _in_words(moving: Sequence[tuple[int, str]]) -> str:
+    return " and ".join(dict.fromkeys(name for _, name in moving))

@@ -100,6 +100,17 @@ class PriorPreservationConfig(Section):
     """Folder in which class pictures are kept for other runs; unset takes `fastppt/class-images` in
     the user's cache folder."""
 
+    @model_validator(mode="after")
+    def _check_folder(self) -> PriorPreservationConfig:
+        drawing = ("steps", "guidance_scale", "sampler", "cache")
+        given = [name for name in drawing if getattr(self, name) is not None]
+        if self.folder is not None and given:
+            raise ValueError(
+                f"the pictures of folder are taken as they are, and {', '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'} for drawn ones: leave one of the two out"
+            )
+        return self
+
 
 class DirectConsistencyConfig(Section):
     """The subject is learned where the tuned network is better than the base (Direct Consistency
@@ -172,7 +183,11 @@ class OptimizerConfig(Section):
     down, 0 never does."""
     moments: Literal["fp32", "8bit"] = "fp32"
     """How the two moments are kept: fp32, or 8bit (Dettmers et al., arXiv 2110.02861), a quarter of
-    the memory, for the network's own weights (needs the extra `8bit`)."""
+    the memory, for the network's own weights."""
+
+
+SCALING = ("dora", "boft")
+"""Adapters among whose values are lengths or scales of outputs."""
 
 
 class StageConfig(Section):
@@ -192,6 +207,9 @@ class StageConfig(Section):
     base_every: Annotated[int, Field(ge=1)] = 1
     """Steps from one base pass to the next, where an objective compares with the base; the steps
     between go without the alignments, and weigh by the indicator as it was."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps of this stage between two checkpoints, beside those of the run's `checkpoint_every`,
+    which counts the steps of all stages; 0 adds none."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of what is trained, which then is what the stage shows, saves and
     hands on; 0 keeps none."""
@@ -226,12 +244,30 @@ class StageConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_decoupled(self) -> StageConfig:
+        anchor = self.objectives.anchor
+        rates = [rate for table in self.trainables.given.values() for rate in table.rates.values()]
+        largest = max(rates, default=0.0)
+        if anchor is None or anchor.form != "decoupled" or round(largest * anchor.weight, 9) <= 1:
+            return self
+        raise ValueError(
+            f"objectives.anchor.weight: a decoupled anchor pulls learning rate * weight of the way "
+            f"back in each step, and {largest:g} * {anchor.weight:g} is past it; set weight to "
+            f"{1 / largest:g} at most, which leaves each step's own move alone"
+        )
+
+    @model_validator(mode="after")
     def _check_weights(self) -> StageConfig:
         anchor, weights = self.objectives.anchor, self.trainables.network_weights
         if anchor is not None and anchor.to == "zero" and weights is not None:
             raise ValueError(
                 "objectives.anchor.to: the network's own weights at zero are no network; set it to "
                 '"start"'
+            )
+        if anchor is not None and anchor.to == "zero" and self.trainables.network in SCALING:
+            raise ValueError(
+                f"objectives.anchor.to: {self.trainables.network} with its scales at zero is no "
+                'adapter that does nothing; set it to "start"'
             )
         if anchor is not None and anchor.storage == "host":
             if weights is None:

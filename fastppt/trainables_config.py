@@ -51,7 +51,7 @@ class LoraConfig(TrainableConfig):
 
 
 class AdapterConfig(TrainableConfig):
-    """What the adapters of the peft library have in common."""
+    """What the adapters that are those of the peft library have in common."""
 
     targets: Patterns | None = None
     """Patterns of the attention projections that get an adapter, such as `*.to_q`; * matches any
@@ -59,7 +59,7 @@ class AdapterConfig(TrainableConfig):
 
 
 class DoraConfig(AdapterConfig):
-    """Weight-decomposed low-rank adapters (Liu et al., arXiv 2402.09353), by the peft library."""
+    """Weight-decomposed low-rank adapters (Liu et al., arXiv 2402.09353)."""
 
     rank: Annotated[int, Field(ge=1)] = 32
     """Inner dimension of the adapters."""
@@ -68,7 +68,7 @@ class DoraConfig(AdapterConfig):
 
 
 class LohaConfig(AdapterConfig):
-    """Hadamard products of two low-rank matrices (Hyeon-Woo et al., arXiv 2108.06098), by peft."""
+    """Hadamard products of two low-rank matrices (Hyeon-Woo et al., arXiv 2108.06098)."""
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Inner dimension of either matrix."""
@@ -77,36 +77,48 @@ class LohaConfig(AdapterConfig):
 
 
 class LokrConfig(AdapterConfig):
-    """Kronecker products of small matrices (Yeh et al., arXiv 2309.14859), by peft."""
+    """Kronecker products of two small matrices (Yeh et al., arXiv 2309.14859)."""
 
     rank: Annotated[int, Field(ge=1)] = 16
-    """Inner dimension of the factor that is low-rank."""
+    """Inner dimension of the larger factor, which is whole where that is no smaller."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Strength: the product is scaled by alpha / rank; unset means alpha = rank."""
-    decompose_factor: Annotated[int, Field(ge=-1)] = -1
-    """Largest side of the smaller factor; -1 takes the root of the weight's side."""
+    decompose_factor: Annotated[int, Field(ge=1)] | None = None
+    """Largest side of the smaller factor; unset cuts each side of a weight as near to its root as
+    can be."""
 
 
 class OftConfig(AdapterConfig):
     """Orthogonal fine-tuning: each block of a weight's inputs is rotated (Qiu et al., arXiv
-    2306.07280), by peft.
+    2306.07280).
     """
 
-    block_size: Annotated[int, Field(ge=2)] = 32
-    """Side of the rotations; it must divide the width of what they rotate."""
+    block_size: Annotated[int, Field(ge=2)] | None = None
+    """Inputs of a block, by which the width of what is rotated must be divisible; unset takes 32,
+    or what num_blocks says."""
+    num_blocks: Annotated[int, Field(ge=1)] | None = None
+    """Blocks of each weight, whatever its width, instead of block_size."""
     constraint: Annotated[float, Field(gt=0)] | None = None
-    """Largest distance of a rotation from none, as COFT has it; unset does not hold it."""
+    """Furthest that a rotation may go, as the method's constrained variant (COFT) has it: its skew
+    matrix Q is held to ||Q|| <= constraint * block size^2 / sqrt(blocks); unset does not hold
+    it."""
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> OftConfig:
+        if self.block_size is not None and self.num_blocks is not None:
+            raise ValueError("block_size and num_blocks say the same in two ways: leave one out")
+        return self
 
 
 class BoftConfig(AdapterConfig):
-    """Orthogonal fine-tuning by products of sparse rotations (Liu et al., arXiv 2311.06243), by
-    peft.
+    """Orthogonal fine-tuning by products of sparse rotations, and a factor for each output (Liu et
+    al., arXiv 2311.06243).
     """
 
     block_size: Annotated[int, Field(ge=2)] = 4
-    """Side of the rotations; it must divide the width of what they rotate."""
+    """Inputs of a block; block_size * 2^(factors - 1) must divide the width of what is rotated."""
     factors: Annotated[int, Field(ge=1)] = 1
-    """Rotations that are multiplied."""
+    """Rotations that are multiplied, each over blocks of inputs twice as far apart."""
 
 
 class NetworkWeightsConfig(TrainableConfig):
@@ -183,8 +195,11 @@ class TokensConfig(TrainableConfig):
     """Scale each embedding back to the length of what `init` gives, after every step."""
 
 
+ADAPTER_TRAINABLES = ("lora", "dora", "loha", "lokr", "oft", "boft")
+"""What adds to the network's attention projections."""
+
 NETWORK_TRAINABLES = (
-    *("lora", "dora", "loha", "lokr", "oft", "boft"),
+    *ADAPTER_TRAINABLES,
     *("full", "custom_diffusion", "svdiff"),
 )
 """What moves in the network, of which a run has one at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_class_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Class images that tests draw are not kept in the user's cache."""
+    folder = tmp_path_factory.mktemp("class-images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastppt.training.class_images.default_cache", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "stage_config": {"config_types", "trainables_config"},
     "config": CONFIG - {"config"},
     "text_files": {"errors"},
-    "config_io": {*CONFIG, "errors", "text_files"},
+    "config_errors": CONFIG,
+    "config_io": {*CONFIG, "config_errors", "errors", "families", "text_files"},
     # Both know how published models are laid out; the mini models' own parts import nothing.
     "mini": {"families"},
     "families": {*CONFIG, "errors", "mini"},
@@ -36,20 +37,23 @@ MAY_IMPORT = {
         "trainables",
     },
     "machine": set(),
+    "forecast": {*CONFIG, "errors", "families", "machine", "outputs", "training"},
     "doctor": {
         *CONFIG,
-        *("config_io", "errors", "families", "machine", "outputs", "training", ""),
+        *("config_io", "errors", "families", "forecast", "machine", "outputs", "training", ""),
     },
     "console": set(),
     "faults": {"console", "errors", "outputs", ""},
+    "recipe_list": {"config_io", "console", "errors"},
     "flags": {*CONFIG, "config_io", "errors"},
     "cli": {
         *CONFIG,
         *("config_io", "console", "doctor", "errors", "faults", "flags", "machine"),
-        *("outputs", "training", ""),
+        *("outputs", "recipe_list", "training", ""),
     },
     "__main__": {"cli"},
-    "": set(),
+    # `fastppt.load`, when it is called.
+    "": {"outputs"},
 }
 # Where the libraries of models and formats may be used.
 MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}

@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 from fastppt import cli
 from fastppt.cli import app
-from fastppt.config_io import build_config
+from fastppt.config_io import RECIPES, build_config
 from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.outputs.folder import RunFolder
-from fastppt.training.run import RunResult
+from fastppt.training.result import RunResult
 
 
 def run(*arguments: object) -> Result:
@@ -66,7 +66,7 @@ def test_train_shows_progress_and_names_its_files_and_the_next_command(
         assert (output / name).is_file()
     # The tests' environment need not be on the PATH: then the command names the program as called.
     program = "fastppt" if shutil.which("fastppt") else "python -m fastppt"
-    assert f"{program} generate --lora {output} --prompt 'a photo of sks toy' --count 4" in said
+    assert f"{program} generate --run {output} --prompt 'a photo of sks toy' --count 4" in said
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
 
 
@@ -215,10 +215,24 @@ def test_printed_config_is_taken_back_by_train(photos: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
 
 
-def test_recipes_are_listed() -> None:
-    result = run("recipes")
-    assert result.exit_code == 0
-    assert "lora" in result.stdout and "ppt-lora" in result.stdout
+def test_recipes_are_listed_by_family_a_line_each() -> None:
+    lines = [line.strip().split(maxsplit=4) for line in run("recipes").stdout.splitlines()]
+    assert lines[0] == ["recipe", "sd", "sdxl", "sd3", "what it is"]
+    found = {name: marks for name, *marks, _ in lines[1:]}
+    assert tuple(found) == RECIPES
+    assert found["lora"] == ["yes", "yes", "yes"]
+    assert found["dreambooth"] == ["yes", "-", "yes"]
+    assert found["dco"] == ["-", "yes", "-"]
+
+
+def test_a_recipe_is_shown_with_its_source_and_its_settings() -> None:
+    said = run("recipes", "dco").stdout
+    assert said.startswith("dco (for sdxl): Direct Consistency Optimization: LoRA and a new word")
+    assert "arXiv 2402.12004" in said and "customize.py" in said
+    settings = tomllib.loads(said[said.index("[prompts]") :])
+    assert settings["stage"][0]["objectives"]["direct_consistency"]["beta"] == 1000.0
+    result = run("recipes", "dcp")
+    assert result.exit_code == 2 and "did you mean 'dco'?" in result.stderr
 
 
 def test_help_and_version_work_without_the_heavy_libraries() -> None:
@@ -312,7 +326,7 @@ def test_resume_goes_on_with_what_the_flags_change(trained: Path, tmp_path: Path
         "changed: stage.0.steps was 3 and is 5",
     ):
         assert line in result.output
-    assert "generate --lora" in result.output
+    assert "generate --run" in result.output
     written = load_file(copy / "pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert len((copy / "metrics.jsonl").read_text().splitlines()) == 5

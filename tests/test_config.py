@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from fastppt import config as config_module
-from fastppt import config_io
+from fastppt import config_io, stage_config, trainables_config
 from fastppt.config import RunConfig
 from fastppt.config_io import (
     RECIPES,
@@ -18,10 +18,13 @@ from fastppt.config_io import (
     check_recipe_fits,
     load_recipe,
     parse_setting,
+    recipe_text,
     render_toml,
 )
 from fastppt.errors import UserError
 from fastppt.families.names import FAMILY_NAMES
+from fastppt.stage_config import AttentionAlignmentConfig
+from fastppt.trainables_config import NETWORK_TRAINABLES
 
 
 def write(path: Path, text: str) -> Path:
@@ -32,7 +35,7 @@ def write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_printed_configuration_is_taken_back_unchanged(recipe: str, tmp_path: Path) -> None:
     settings = [
-        ("model.path", "a/b"),
+        ("model.path", "mini-sdxl"),
         ("output", 'with "quotes" and \\'),
         ("prompts.contexts", ["ein Bild von {subject}", "☃ {subject}"]),
         ("stage.0.optimizer.epsilon", 1e-12),
@@ -58,14 +61,75 @@ def test_printed_configuration_offers_the_tables_that_the_run_does_without(tmp_p
     start = lines.index("# [stage.objectives.attention_alignment]")
     # The whole sentence stands above it.
     assert lines[start - 1].endswith("equation 6).")
-    wanted = [line.removeprefix("# ") for line in lines[start:]]
+    end = start + lines[start:].index("")
+    wanted = [line.removeprefix("# ") for line in lines[start:end]]
     file = write(tmp_path / "run.toml", "\n".join(lines[:start] + wanted))
     objectives = build_config(file=file).stage[0].objectives
-    assert objectives.attention_alignment == config_module.AttentionAlignmentConfig()
+    assert objectives.attention_alignment == AttentionAlignmentConfig()
+
+
+@pytest.mark.parametrize("name", NETWORK_TRAINABLES)
+def test_printed_configuration_has_a_line_for_each_of_what_else_could_move_the_network(
+    name: str, tmp_path: Path
+) -> None:
+    text = render_toml(build_config("textual-inversion"))
+    assert text.count(f"[stage.trainables.{name}]") == 1
+    (line,) = [line for line in text.splitlines() if f"[stage.trainables.{name}]" in line]
+    # Uncommented, it has its defaults.
+    header = line.removeprefix("# ").partition("]")[0] + "]"
+    file = write(tmp_path / "run.toml", text.replace(line, header))
+    moving = build_config(file=file).stage[0].trainables
+    assert list(moving.given) == [name, "tokens"]
+    # Where one of them moves the network, that one stands there whole.
+    own = render_toml(build_config(file=file))
+    assert header in own.splitlines() and line not in own
+
+
+def test_a_recipe_that_differs_by_family_is_that_of_the_model(tmp_path: Path) -> None:
+    def second(**settings: object) -> list[str]:
+        chosen = [(key.replace("__", "."), value) for key, value in settings.items()]
+        return list(build_config("rare-token", settings=chosen).stage[1].trainables.given)
+
+    assert second() == second(model__path="mini-sd") == ["full"]
+    assert second(model__path="mini-sdxl") == second(model__path="mini-sd3") == ["lora"]
+    # A setting reaches the tables of that family.
+    settings = [("model.path", "mini-sd3"), ("stage.1.trainables.lora.rank", 5)]
+    config = build_config("rare-token", settings=settings)
+    assert config.stage[1].trainables.lora.rank == 5
+    # What a run has written says all itself, whatever the model.
+    file = write(tmp_path / "run.toml", render_toml(config))
+    other = build_config(file=file, settings=[("model.path", "no/such-model")])
+    assert other.stage == config.stage
+    # The model of a file counts as that of a setting.
+    file = write(tmp_path / "a.toml", 'recipe = "rare-token"\n[model]\npath = "mini-sdxl"\n')
+    assert list(build_config(file=file).stage[1].trainables.given) == ["lora"]
+
+
+def test_a_model_that_is_none_is_refused_where_the_recipe_asks_for_its_family() -> None:
+    with pytest.raises(UserError, match="model nowhere: is no file"):
+        build_config("dreambooth", settings=[("model.path", "nowhere")])
+    with pytest.raises(UserError, match=r"model\.path must be text in quotes"):
+        build_config("dreambooth", settings=[("model.path", 3)])
+
+
+def test_variants_are_of_the_recipe_s_own_families_and_differ() -> None:
+    for name in RECIPES:
+        recipe, plain = load_recipe(name)
+        variants = tomllib.loads(recipe_text(name)).get("variant", [])
+        named = [family for variant in variants for family in variant["families"]]
+        # The first family has none, so that the recipe reads as it is where no model is given.
+        assert set(named) < set(recipe.families) and len(set(named)) == len(named)
+        assert recipe.families[0] not in named
+        for family in recipe.families:
+            _, table = load_recipe(name, family)
+            assert (table != plain) == (family in named), (name, family)
+            RunConfig.model_validate(table)
 
 
 def test_every_setting_has_a_sentence() -> None:
-    for section in vars(config_module).values():
+    modules = (config_module, stage_config, trainables_config)
+    sections = [section for module in modules for section in vars(module).values()]
+    for section in sections:
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             continue
         for name, field in section.model_fields.items():
@@ -161,6 +225,65 @@ def test_wrong_setting_is_refused_in_words(key: str, value: object, message: str
     assert message in str(error.value)
 
 
+STAGE = "[[stage]]\n[stage.trainables.{}]\n[stage.objectives.{}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            STAGE.format("full", "denoising") + "[stage.trainables.oft]\n",
+            "stage.0.trainables: oft and full all move the network, and one can at a time",
+        ),
+        (
+            STAGE.format("full", "denoising") + STAGE.format("lora", "denoising"),
+            "lora and full move the network in different stages",
+        ),
+        (
+            STAGE.format("lora", "prior_preservation"),
+            "stage.0.objectives: prior_preservation goes with denoising: add that table",
+        ),
+        (
+            STAGE.format("lora", "denoising")
+            + "[stage.objectives.prior_preservation]\n[stage.objectives.direct_consistency]\n",
+            "prior_preservation and direct_consistency preserve in different ways",
+        ),
+        (
+            STAGE.format("lora", "denoising")
+            + 'weighting = "adaptive"\n[stage.objectives.prior_preservation]\n',
+            "prior_preservation and adaptive weighting preserve in different ways",
+        ),
+        (
+            STAGE.format("full", "denoising") + '[stage.objectives.anchor]\nto = "zero"\n',
+            "the network's own weights at zero are no network",
+        ),
+        (
+            STAGE.format("svdiff", "denoising") + '[stage.objectives.anchor]\nstorage = "host"\n',
+            "objectives.anchor.storage: host is for anchors of the network's own weights",
+        ),
+        (
+            STAGE.format("full", "direct_consistency")
+            + '[stage.objectives.anchor]\nstorage = "host"\n',
+            "an objective compares with the base, whose weights are the anchor",
+        ),
+        (
+            STAGE.format("lora", "denoising") + '[stage.optimizer]\nmoments = "8bit"\n',
+            "optimizer.moments: 8bit is for the network's own weights",
+        ),
+        (
+            STAGE.format("oft]\nblock_size = 4\nnum_blocks = 4\n[stage.optimizer", "denoising"),
+            "block_size and num_blocks say the same in two ways",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_words(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        build_config(file=write(tmp_path / "run.toml", text))
+    assert message in str(error.value)
+
+
 def test_a_recipe_by_set_is_the_recipe() -> None:
     config = build_config("lora", settings=[("recipe", "ppt-lora")])
     assert config.recipe == "ppt-lora" and config.stage[0].objectives.anchor is not None
@@ -237,8 +360,8 @@ def test_recipes_say_what_they_are(name: str) -> None:
 def test_recipe_that_does_not_fit_names_its_families_and_the_recipes_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def for_two_families(name: str) -> object:
-        recipe, table = load_recipe(name)
+    def for_two_families(name: str, family: str | None = None) -> object:
+        recipe, table = load_recipe(name, family)
         families = ["sd", "sdxl"] if name == "ppt-lora" else ["sd3"]
         return recipe.model_copy(update={"families": families}), table
 
@@ -248,7 +371,8 @@ def test_recipe_that_does_not_fit_names_its_families_and_the_recipes_that_do(
     with pytest.raises(UserError) as error:
         check_recipe_fits(config, "sd3")
     assert str(error.value).startswith("recipe ppt-lora: is for sd, sdxl; a/b is sd3")
-    assert "(for sd3 there are: lora, apt-base, apt-ata, apt-ata-rs, apt)" in str(error.value)
+    others = ", ".join(name for name in RECIPES if name != "ppt-lora")
+    assert f"(for sd3 there are: {others})" in str(error.value)
 
 
 def test_a_run_without_a_recipe_fits_every_family(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from fastppt.cli import app
 from fastppt.config import RunConfig
 from fastppt.config_io import RECIPES, build_config, check_complete, parse_setting, render_toml
-from fastppt.config_io import _section_type as section_type
+from fastppt.config_types import section_type
 from fastppt.console import SafeConsole
 from fastppt.data.photos import crop_photo, find_photos
 from fastppt.errors import UserError
