@@ -21,7 +21,7 @@ from bench.rows import Row, write_report
 from fastppt.config_io import build_config
 from fastppt.mini import draw_demo_photos
 from fastppt.training.loop import train
-from fastppt.training.run import RunResult
+from fastppt.training.result import RunResult
 
 ROUNDS = 5
 # The steps after the first: a multiple of every `base_every` and `refresh_every` below.

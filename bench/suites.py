@@ -244,6 +244,18 @@ OPTIMIZER = Suite(
     wanted=partial(exact_steps, form="raw"),
     errors=step_errors,
 )
+OPTIMIZER_HOST = Suite(
+    name="optimizer",
+    form="raw, anchors on the host",
+    # As above: two of them come over the bus.
+    accesses=3 + 5 + 3,
+    makers={
+        "AnchoredAdamW" + ARENA: partial(ways.anchored_adamw, form="raw", anchor_storage="host"),
+        "AnchoredAdamW, anchors on the device" + ARENA: partial(ways.anchored_adamw, form="raw"),
+    },
+    wanted=partial(exact_steps, form="raw"),
+    errors=step_errors,
+)
 OPTIMIZER_EFFECTIVE = Suite(
     name="optimizer",
     form="effective",

@@ -125,8 +125,9 @@ def lora_autograd_loop(problem: Problem) -> Call:
 # Anchor, clip and AdamW.
 
 
-def anchored_adamw(problem: Problem, form: str) -> Way:
+def anchored_adamw(problem: Problem, form: str, anchor_storage: str = "device") -> Way:
     group: dict[str, object] = {"params": problem.params, "form": form}
+    group["anchor_storage"] = anchor_storage
     if form == "effective":
         group |= {"lora_pairs": problem.pairs, "anchor": "zero"}
     else:

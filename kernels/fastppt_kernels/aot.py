@@ -23,7 +23,7 @@ from fastppt_kernels.launch import KernelConfiguration, is_interpreted
 OPERATIONS = (
     "fastppt_kernels.adaptive_denoising.launch",
     "fastppt_kernels.anchor_penalty.op",
-    "fastppt_kernels.anchored_adamw.op",
+    "fastppt_kernels.anchored_adamw.configurations",
     "fastppt_kernels.attention_alignment.configurations",
     "fastppt_kernels.feature_alignment.launch",
     "fastppt_kernels.lora_anchor_penalty.op",

@@ -20,6 +20,9 @@ from torch import Tensor
 
 # How a row tells a kernel the dtype of a tensor, in two bits; triton_foreign.py reads it.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Of what is one byte an element, where a table holds such: kernels know its dtype themselves.
+BYTE_CODE = 3
+_WIDTHS = torch.tensor([4, 2, 2, 1])
 # The same dtypes as the signature of a kernel has their pointers.
 POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # Where in a row's ``code`` the bits of a kind of access begin; below are the dtypes, two bits each.
@@ -156,14 +159,14 @@ def build_chunk_rows(
 
     Args:
         addresses: Of the tensors of each list, 0 for None.
-        codes: Their dtypes.
+        codes: Their dtypes, or BYTE_CODE.
         sizes: Elements of the tensors of each index.
         chunk_size: As there.
     """
     addresses_ln, codes_ln = torch.tensor(addresses), torch.tensor(codes)
     sizes_n = torch.tensor(sizes)
     index, start = split_into_chunks(sizes_n, chunk_size)
-    widths_ln = torch.where(codes_ln == 0, 4, 2)
+    widths_ln = _WIDTHS[codes_ln]
     aligned = (addresses_ln % ALIGNMENT == 0).all(0)
     access = torch.where(aligned, ACCESS_ALIGNED, ACCESS_ANY)
     access[aligned & (codes_ln == 0).all(0)] = ACCESS_ALIGNED_FLOAT32

@@ -9,10 +9,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastppt_kernels.anchored_adamw import Batch, Launcher, anchored_adamw_
+from fastppt_kernels.anchored_adamw.batch import wide_dtype
 from fastppt_kernels.lora_anchor_penalty.op import lora_anchor_penalty_
 from fastppt_kernels.lora_pairs import Pair
 from fastppt_kernels.optim_groups import (
+    NUM_SEEDS,
     check_options,
+    find_gradients,
     is_off,
     resolve_anchor,
     resolve_copies,
@@ -22,7 +25,7 @@ from fastppt_kernels.optim_groups import (
 from fastppt_kernels.optim_state import check_saved, make_state, write_over
 
 # What a group holds for this optimizer's parameters alone: neither saved nor loaded.
-NOT_SAVED = ("lora_pairs", "working_copy")
+NOT_SAVED = ("lora_pairs", "working_copy", "anchor_storage")
 
 
 class AnchoredAdamW(Optimizer):
@@ -45,13 +48,15 @@ class AnchoredAdamW(Optimizer):
     Args:
         params: Floating-point parameters, or groups of them, the parameters of a group on one
             device. A group may override ``lr``, ``betas``, ``eps``, ``weight_decay``,
-            ``anchor_weight``, ``form`` and ``anchor``. A group of form "effective" also holds
-            ``lora_pairs``, a list of (down, up, scale): down [rank, in] and up [out, rank] are
-            parameters of the group or contiguous views into them. They are looked up once, here.
+            ``anchor_weight``, ``form``, ``anchor``, and the last four. A group of form "effective"
+            also holds ``lora_pairs``, a list of (down, up, scale): down [rank, in] and up [out,
+            rank] are parameters of the group or contiguous views into them, looked up once, here.
             A group may hold ``working_copy``: one tensor (or None) for each parameter, or one for
             a single parameter, of its shape, strides and device and any floating-point dtype
             (bfloat16, say). It is kept equal to the parameter, rounded: written here, and by each
             step in the pass that writes the parameter.
+            A group with ``share_anchor=True`` reads the tensors of its list ``anchor`` where they
+            are, of any floating-point dtypes, instead of keeping copies.
         lr: Learning rate, a float or a 0-dim tensor (on the parameters' device, if the step is
             captured in a CUDA graph; changed in place it then acts on the replays).
         betas: Decay rates of the two moments.
@@ -66,6 +71,17 @@ class AnchoredAdamW(Optimizer):
             those of parameters whose pairs all have B0 A0 = 0 (a new LoRA, whose ups are zero).
         form: "raw", "effective" or "decoupled".
         max_grad_norm: The largest norm, over all groups; None: no clip.
+        anchor_storage: "device", or "host": anchors are kept in host memory, pinned where the
+            parameters are on a GPU, and each step brings them in pieces of 16 MiB, twice, beside
+            the kernels of the pieces before. The same results, bit for bit. Not for "effective".
+        moments: "fp32", or "8bit": each moment is kept as a byte an element and a float32 scale a
+            block of 256 (arXiv 2110.02861; the map of torchao and bitsandbytes). A step works in
+            float32 on a piece at a time. Blocks follow the parameter's memory.
+        rounding: "nearest", or "stochastic": a float16 or bfloat16 parameter is rounded up or down
+            at random, so that its mean is the float32 value and small updates are not lost. The
+            random bits are a function of ``seed``, the group's number, the step count and the
+            element: a resumed run has the same.
+        seed: Of that rounding, an integer >= 0; counts modulo 2^31.
 
     Attributes:
         penalty: 0-dim device tensor, the sum of the groups' penalties at the last step, of the
@@ -77,7 +93,9 @@ class AnchoredAdamW(Optimizer):
     Raises:
         ValueError: An option out of its range; an anchor of another shape or of too few entries;
             "effective" without ``lora_pairs``, with a pair that lies in no parameter of the group
-            or a parameter that no pair lies in (named by their indices).
+            or a parameter that no pair lies in (named by their indices); "stochastic" with a wider
+            parameter or a working copy, "8bit" with a float64 one; an anchor to share that is not
+            where ``anchor_storage`` says.
 
     A parameter without a gradient is left out, as in torch; so is a pair without both gradients.
     A step reads nothing on the host, and on a GPU can be captured in a CUDA graph once it has
@@ -88,12 +106,13 @@ class AnchoredAdamW(Optimizer):
     it resumed from; ``load_state_dict`` writes into the state's tensors where they are.
     What ``.grad`` holds after a step is not part of the contract.
 
-    Launches on a GPU: two for each group and one for all, whatever the number of tensors, after
-    those of the effective form's penalty. Float64, and parameters on several devices, take plain
-    PyTorch, as the CPU does.
+    Launches on a GPU: two for each group (two for each piece of anchors from the host) and one for
+    all, whatever the number of tensors, after those of the effective form's penalty. Float64, and
+    parameters on several devices, take plain PyTorch, as the CPU does.
 
     Rounding: float16 and bfloat16 parameters have float32 moments; their gradients are widened
-    first, and the new value is rounded once.
+    first, and the new value is rounded once. A gradient may be of another floating-point dtype than
+    its parameter (``Tensor.grad_dtype``).
     """
 
     def __init__(
@@ -108,6 +127,10 @@ class AnchoredAdamW(Optimizer):
         anchor: str | Sequence[Tensor | None] = "start",
         form: str = "raw",
         max_grad_norm: float | None = None,
+        anchor_storage: str = "device",
+        moments: str = "fp32",
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: got {max_grad_norm}, want a number > 0, or None")
@@ -121,6 +144,10 @@ class AnchoredAdamW(Optimizer):
             "weight_decay": weight_decay,
             "anchor_weight": anchor_weight,
             "form": form,
+            "anchor_storage": anchor_storage,
+            "moments": moments,
+            "rounding": rounding,
+            "seed": seed,
         }
         self._launcher = Launcher()
         self._default_anchor: str = "start"
@@ -143,6 +170,7 @@ class AnchoredAdamW(Optimizer):
         anchor = param_group.pop("anchor", self._default_anchor)
         pairs = param_group.pop("lora_pairs", None)
         copies = param_group.pop("working_copy", None)
+        share = param_group.pop("share_anchor", False)
         super().add_param_group(param_group)
         # torch normalises the group and appends it; a group that we then refuse goes again.
         group = self.param_groups.pop()
@@ -151,10 +179,10 @@ class AnchoredAdamW(Optimizer):
         if places is not None:
             group["lora_pairs"] = places
         if copies is not None:
-            group["working_copy"] = resolve_copies(group["params"], copies)
-        group["anchor"], anchors = resolve_anchor(group, anchor)
+            group["working_copy"] = resolve_copies(group, copies)
+        group["anchor"], anchors = resolve_anchor(group, anchor, share)
         for param, value in zip(group["params"], anchors, strict=True):
-            self.state[param] = make_state(param, value)
+            self.state[param] = make_state(param, value, group["moments"])
         self.param_groups.append(group)
         self.refresh_working_copies()
 
@@ -204,7 +232,7 @@ class AnchoredAdamW(Optimizer):
         with torch.no_grad():
             penalties, batches = [], []
             for number, group in enumerate(self.param_groups):
-                indices = _find_gradients(number, group)
+                indices = find_gradients(number, group)
                 if not indices:
                     continue
                 batch = self._gather(number, indices)
@@ -240,10 +268,11 @@ class AnchoredAdamW(Optimizer):
         if form == "effective":
             # The pull to the anchor is added to them, and is not to be rounded to bfloat16.
             grads = [
-                self._launcher.widen(number, index, grad, state["exp_avg"].dtype)
-                for index, grad, state in zip(indices, grads, states, strict=True)
+                self._launcher.widen(number, index, grad, wide_dtype(param.dtype))
+                for index, grad, param in zip(indices, grads, params, strict=True)
             ]
         copies = group.get("working_copy")
+        has_codes, rounds = group["moments"] == "8bit", group["rounding"] == "stochastic"
         return Batch(
             params=params,
             grads=grads,
@@ -258,6 +287,10 @@ class AnchoredAdamW(Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            exp_avg_scales=[s["exp_avg_scale"] for s in states] if has_codes else None,
+            exp_avg_sq_scales=[s["exp_avg_sq_scale"] for s in states] if has_codes else None,
+            host_anchors=group["anchor_storage"] == "host",
+            rounding_seed=(group["seed"] + number) % NUM_SEEDS if rounds else None,
         )
 
     def _device(self) -> torch.device:
@@ -267,7 +300,8 @@ class AnchoredAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, anchors included, and the groups' options.
 
-        Without ``lora_pairs`` and ``working_copy``, which belong to this optimizer's parameters.
+        Without ``lora_pairs``, ``working_copy`` and ``anchor_storage``, which belong to this
+        optimizer's parameters.
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
@@ -279,21 +313,23 @@ class AnchoredAdamW(Optimizer):
         """Restore options, moments, steps and anchors from :meth:`state_dict`.
 
         Tensors that the optimizer already has are written in place, so that a captured step sees
-        the loaded values. ``lora_pairs`` and ``working_copy`` stay those of this optimizer; the
-        working copies are written from the parameters, so load these first.
+        the loaded values; anchors that are shared, too. ``lora_pairs``, ``working_copy`` and
+        ``anchor_storage`` stay those of this optimizer; the working copies are written from the
+        parameters, so load these first.
 
         Args:
             state_dict: From an AnchoredAdamW with groups of the same sizes. Not written, and not
                 shared with.
 
         Raises:
-            ValueError: The groups differ, or the state holds no anchor where it should (that of
-                another optimizer, say).
+            ValueError: The groups differ, also in how moments are kept, or the state holds no
+                anchor where it should (that of another optimizer, say).
         """
         check_saved(self.param_groups, state_dict)
         old_groups = list(self.param_groups)
         old_state = dict(self.state)
-        super().load_state_dict(state_dict)
+        # torch would make copies of the state, cast to the parameter's dtype, on its device.
+        super().load_state_dict(state_dict | {"state": {}})
         saved_groups = state_dict["param_groups"]
         for group, old, saved in zip(self.param_groups, old_groups, saved_groups, strict=True):
             group |= {name: old[name] for name in NOT_SAVED if name in old}
@@ -302,10 +338,12 @@ class AnchoredAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     device = held.device if isinstance(held, Tensor) else value.device
                     group[name] = write_over(held, value, device)
+            on_host = {"anchor"} if group["anchor_storage"] == "host" else set()
             for param, number in zip(group["params"], saved["params"], strict=True):
-                # Not torch's copies: they are cast to the parameter's dtype.
                 self.state[param] = {
-                    name: write_over(old_state[param].get(name), value, param.device)
+                    name: write_over(
+                        old_state[param].get(name), value, param.device, host=name in on_host
+                    )
                     for name, value in state_dict["state"][number].items()
                 }
         self.refresh_working_copies()
@@ -320,22 +358,6 @@ class AnchoredAdamW(Optimizer):
         super().__setstate__(state)
         # torch loads state through here too, and captured steps read what the launcher keeps.
         self.__dict__.setdefault("_launcher", Launcher())
-
-
-def _find_gradients(number: int, group: dict[str, Any]) -> list[int]:
-    """Return the indices of the group's parameters that have a gradient."""
-    grads = [p.grad for p in group["params"]]
-    for index, grad in enumerate(grads):
-        if grad is None:
-            if _is_capturing():
-                raise ValueError(
-                    f"param_groups[{number}], params[{index}]: has no gradient, and a captured "
-                    "step would leave it out of every replay; give it one (zeros do), or leave "
-                    "the parameter out of the optimizer"
-                )
-        elif grad.layout != torch.strided:
-            raise ValueError(f"params[{index}]: its gradient is sparse, want a dense one")
-    return [index for index, grad in enumerate(grads) if grad is not None]
 
 
 def _pull_pairs_(group: dict[str, Any], indices: Sequence[int], batch: Batch) -> list[Tensor]:
@@ -363,8 +385,3 @@ def _pull_pairs_(group: dict[str, Any], indices: Sequence[int], batch: Batch) ->
         anchor_ups=[pair.up.of(anchors) if has else None for pair, has in both],
     )
     return [penalty]
-
-
-def _is_capturing() -> bool:
-    # A torch without CUDA refuses the question.
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -3,13 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fastppt_kernels.anchored_adamw.plain import is_dense
 from fastppt_kernels.lora_pairs import Pair, Pairs, Place, locate_pairs
+from fastppt_kernels.optim_state import copy_to_host
 
 FORMS = ("raw", "effective", "decoupled")
 ANCHORS = ("start", "zero")
+# What the other options in words may be.
+CHOICES = {
+    "form": FORMS,
+    "anchor_storage": ("device", "host"),
+    "moments": ("fp32", "8bit"),
+    "rounding": ("nearest", "stochastic"),
+}
+NARROW = (torch.bfloat16, torch.float16)
+# Seeds of random bits, as a kernel takes them; larger ones wrap.
+NUM_SEEDS = 2**31
 
 
 def is_off(weight: float | Tensor) -> bool:
@@ -48,8 +61,20 @@ def check_options(group: dict[str, Any]) -> None:
     for index, beta in enumerate(group["betas"]):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{index}]: got {beta}, want a number in [0, 1)")
-    if group["form"] not in FORMS:
-        raise ValueError(f'form: got "{group["form"]}", want one of {", ".join(FORMS)}')
+    for name, choices in CHOICES.items():
+        if group[name] not in choices:
+            raise ValueError(f'{name}: got "{group[name]}", want one of {", ".join(choices)}')
+    if group["form"] == "effective" and group["anchor_storage"] == "host":
+        raise ValueError(
+            'anchor_storage "host" is for the forms raw and decoupled; the effective form reads '
+            'its few anchors in products: leave them on the "device"'
+        )
+    if group["seed"] < 0:
+        raise ValueError(f"seed: got {group['seed']}, want an integer >= 0")
+    _check_params(group)
+
+
+def _check_params(group: dict[str, Any]) -> None:
     params = group["params"]
     for index, param in enumerate(params):
         if not param.dtype.is_floating_point:
@@ -63,6 +88,16 @@ def check_options(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"params[{index}]: got strides {param.stride()} for shape {tuple(param.shape)}, "
                 f"want a contiguous parameter where anchor_weight is not 0"
+            )
+        if group["rounding"] == "stochastic" and (param.dtype not in NARROW or not is_dense(param)):
+            raise ValueError(
+                f"params[{index}]: got dtype {param.dtype} and strides {param.stride()}, want "
+                'bfloat16 or float16 and a contiguous one where rounding is "stochastic"'
+            )
+        if group["moments"] == "8bit" and (param.dtype == torch.float64 or not is_dense(param)):
+            raise ValueError(
+                f"params[{index}]: got dtype {param.dtype} and strides {param.stride()}, want "
+                'float32, bfloat16 or float16 and a contiguous one where moments are "8bit"'
             )
 
 
@@ -83,9 +118,15 @@ def resolve_pairs(group: dict[str, Any], pairs: Any) -> Pairs | None:
 
 
 def resolve_copies(
-    params: Sequence[Tensor], copies: Tensor | Sequence[Tensor | None]
+    group: dict[str, Any], copies: Tensor | Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Return one working copy, or None, for each parameter."""
+    if group["rounding"] == "stochastic":
+        raise ValueError(
+            "working_copy: the parameters are rounded at random, which keeps no wider values; "
+            'leave the copy out, or set rounding to "nearest"'
+        )
+    params: Sequence[Tensor] = group["params"]
     given: list[Tensor | None] = [copies] if isinstance(copies, Tensor) else [*copies]
     if len(given) != len(params):
         raise ValueError(
@@ -110,13 +151,14 @@ def resolve_copies(
 
 
 def resolve_anchor(
-    group: dict[str, Any], anchor: str | Sequence[Tensor | None]
+    group: dict[str, Any], anchor: str | Sequence[Tensor | None], share: bool
 ) -> tuple[str, list[Tensor | None]]:
-    """Return the kind of anchor that the state_dict names, and the group's anchors, as copies.
+    """Return the kind of anchor that the state_dict names, and the group's anchors.
 
-    What is zero is not kept, nor is what only pairs with B0 A0 = 0 would read. The kinds: "start"
-    keeps a tensor for each parameter, "list" for some, "zero" for none, and "none" means that the
-    weight was 0, so that nothing was kept.
+    These are copies, or with ``share`` the tensors of the list themselves. Of copies, what is zero
+    is not kept, nor is what only pairs with B0 A0 = 0 would read. The kinds: "start" keeps a tensor
+    for each parameter, "list" for some, "zero" for none, and "none" means that the weight was 0, so
+    that nothing was kept.
     """
     params = group["params"]
     nothing: list[Tensor | None] = [None] * len(params)
@@ -124,15 +166,24 @@ def resolve_anchor(
         raise ValueError(f'anchor: got "{anchor}", want one of {", ".join(ANCHORS)}, or a list')
     if not isinstance(anchor, str):
         _check_anchors(params, anchor)
+    if share:
+        shared = _check_shared(group, anchor)
     if is_off(group["anchor_weight"]):
         return "none", nothing
+    if share:
+        return "list", shared
     if anchor == "zero":
         return "zero", nothing
     given = dict(enumerate(params if isinstance(anchor, str) else anchor))
     values = {i: value.detach().contiguous() for i, value in given.items() if value is not None}
     read = _indices_read(group, values)
+    on_host = group["anchor_storage"] == "host"
     kept = [
-        values[index].to(param.device, copy=True) if index in read else None
+        None
+        if index not in read
+        else copy_to_host(values[index], param.device)
+        if on_host
+        else values[index].to(param.device, copy=True)
         for index, param in enumerate(params)
     ]
     if not read:
@@ -153,6 +204,28 @@ def _check_anchors(params: Sequence[Tensor], anchors: Sequence[Tensor | None]) -
             )
 
 
+def _check_shared(
+    group: dict[str, Any], anchor: str | Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the given anchors themselves, or raise unless a step can read them where they are."""
+    if isinstance(anchor, str):
+        raise ValueError(f'share_anchor: got anchor "{anchor}", want a list of tensors to share')
+    on_host = group["anchor_storage"] == "host"
+    for index, (param, value) in enumerate(zip(group["params"], anchor, strict=True)):
+        if value is None:
+            continue
+        device = torch.device("cpu") if on_host else param.device
+        unpinned = on_host and param.is_cuda and not value.is_pinned()
+        if value.device != device or unpinned or not value.is_contiguous():
+            wanted = "pinned host memory" if on_host and param.is_cuda else device
+            raise ValueError(
+                f"anchor[{index}]: is on {value.device}{', not pinned' if unpinned else ''}, with "
+                f"strides {value.stride()}; want a contiguous tensor in {wanted} to share, or "
+                "share_anchor=False to keep a copy there"
+            )
+    return [None if value is None else value.detach() for value in anchor]
+
+
 def _indices_read(group: dict[str, Any], anchors: dict[int, Tensor]) -> set[int]:
     """Return the parameters whose anchors, contiguous, differ from none. Reads on the host."""
     if group["form"] != "effective":
@@ -169,3 +242,28 @@ def _indices_read(group: dict[str, Any], anchors: dict[int, Tensor]) -> set[int]
 def _is_given(anchor: Tensor) -> bool:
     """Say whether an anchor is not zero; on the meta device, where nothing is known, it is not."""
     return anchor.is_meta or bool(anchor.any())
+
+
+def find_gradients(number: int, group: dict[str, Any]) -> list[int]:
+    """Return the indices of the group's parameters that have a gradient.
+
+    Raises:
+        ValueError: As ``AnchoredAdamW.step``.
+    """
+    grads = [p.grad for p in group["params"]]
+    for index, grad in enumerate(grads):
+        if grad is None:
+            if _is_capturing():
+                raise ValueError(
+                    f"param_groups[{number}], params[{index}]: has no gradient, and a captured "
+                    "step would leave it out of every replay; give it one (zeros do), or leave "
+                    "the parameter out of the optimizer"
+                )
+        elif grad.layout != torch.strided:
+            raise ValueError(f"params[{index}]: its gradient is sparse, want a dense one")
+    return [index for index, grad in enumerate(grads) if grad is not None]
+
+
+def _is_capturing() -> bool:
+    # A torch without CUDA refuses the question.
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from fastppt_kernels import AnchoredAdamW, lora_anchor_penalty_, optim
+from fastppt_kernels import AnchoredAdamW, lora_anchor_penalty_, optim, optim_groups
 from fastppt_kernels.anchored_adamw import op, plain
 from fastppt_kernels.testing import (
     ForbidHostReads,
@@ -752,7 +752,7 @@ def test_capture_refuses_a_parameter_without_a_gradient(monkeypatch):
     optimizer = make_optimizer(params)
     loss_of(params, 0).backward()
     params[1].grad = None
-    monkeypatch.setattr(optim, "_is_capturing", lambda: True)
+    monkeypatch.setattr(optim_groups, "_is_capturing", lambda: True)
     with pytest.raises(ValueError, match=r"param_groups\[0\], params\[1\]: has no gradient"):
         optimizer.step()
 

@@ -1,107 +1,30 @@
 """The step: which path it takes, and the launches of its kernels."""
 
-import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastppt_kernels.anchored_adamw import staging
 from fastppt_kernels.anchored_adamw.batch import Batch
+from fastppt_kernels.anchored_adamw.eight_bit import make_map_table
+from fastppt_kernels.anchored_adamw.launcher import Launcher
 from fastppt_kernels.anchored_adamw.plain import is_dense, plain_step_
-from fastppt_kernels.launch import (
-    KernelConfiguration,
-    cached_table,
-    chunk_table,
-    device_of,
-    have_codes,
-    use_triton,
-)
+from fastppt_kernels.anchored_adamw.rounding import COUNTER_CHUNK
+from fastppt_kernels.anchored_adamw.staging import AnchorStream, Plan, make_plan
+from fastppt_kernels.anchored_adamw.tables import batch_table, step_table
+from fastppt_kernels.launch import device_of, have_codes, use_triton
 
-# Elements a program: 8 a thread, two wide loads from each tensor.
-CHUNK_SIZE = 2048
+# Elements a program: 8 a thread, two wide loads from each tensor. Whole blocks of 8-bit moments.
+CHUNK_SIZE = COUNTER_CHUNK
 NUM_WARPS = 8
 # Partials that the one program of the reduction reads at a time.
 REDUCE_SIZE = 1024
 # How the kernels call the forms; triton_kernel.py reads it.
 PULLS = {"none": 0, "raw": 1, "decoupled": 2}
-
-
-class Launcher:
-    """What an optimizer keeps on the device between steps, so that its addresses stay."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, str], tuple[float, Tensor]] = {}
-        self._widened: dict[tuple[int, int], Tensor] = {}
-        self._aligned: dict[tuple[int, int], Tensor] = {}
-
-    def widen(self, number: int, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the gradient contiguous and in ``dtype``: itself, or a copy in a kept buffer.
-
-        Args:
-            number: Of the group; with ``index``, what the buffer is known by.
-            index: Of the parameter in the group.
-            grad: Not written.
-            dtype: At least as wide as the gradient's.
-        """
-        if grad.dtype == dtype and grad.is_contiguous():
-            return grad
-        kept = self._widened.get((number, index))
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (
-            grad.shape,
-            dtype,
-            grad.device,
-        ):
-            kept = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-            self._widened[number, index] = kept
-        return kept.copy_(grad)
-
-    def align(self, number: int, index: int, grad: Tensor, param: Tensor) -> Tensor:
-        """Return the gradient walked as its parameter is: itself, or a copy in a kept buffer.
-
-        Args:
-            number: Of the batch; with ``index``, what the buffer is known by.
-            index: Of the parameter in the batch.
-            grad: Not written.
-            param: Gives the strides.
-        """
-        if grad.stride() == param.stride():
-            return grad
-        kept = self._aligned.get((number, index))
-        if kept is None or (kept.stride(), kept.dtype, kept.device) != (
-            param.stride(),
-            grad.dtype,
-            param.device,
-        ):
-            kept = torch.empty_like(param, dtype=grad.dtype)
-            self._aligned[number, index] = kept
-        return kept.copy_(grad)
-
-    def place(self, number: int, name: str, value: float | Tensor, device: torch.device) -> Tensor:
-        """Return the option as a 0-dim float32 tensor on the device.
-
-        Args:
-            number: Of the batch; with ``name``, what the option is known by.
-            name: Of the option.
-            value: A float is written to the device only when it is another than at the last step.
-                A float32 tensor there is returned itself.
-            device: Where the kernels run.
-        """
-        if isinstance(value, Tensor):
-            return value.detach().to(device, torch.float32)
-        last, kept = self._kept.get((number, name), (None, None))
-        if kept is None or kept.device != device:
-            last, kept = None, torch.empty((), device=device)
-        if last == value:
-            return kept
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A graph's write happens at its replays: what is kept for steps outside stays apart.
-            return torch.full((), value, device=device)
-        self._kept[number, name] = (value, kept.fill_(value))
-        return kept
 
 
 def anchored_adamw_(
@@ -143,11 +66,17 @@ def anchored_adamw_(
     On a GPU two launches for each group and one for all, whatever the number of tensors; on the
     CPU, and for float64 or parameters that are not dense, plain PyTorch.
 
-    Rounding: in float32 (float64 for float64 parameters); each stored value is rounded once.
-        Sums within a chunk in float32, over chunks in a fixed order.
+    Anchors in host memory are copied to the device twice a step, beside the kernels of the pieces
+    before, through two buffers of at most 16 MiB; the results are those of anchors on the device,
+    bit for bit.
+
+    Rounding: in float32 (float64 for float64 parameters); each stored value is rounded once, up or
+        down at random where a batch has a ``rounding_seed``. Sums within a chunk in float32, over
+        chunks in a fixed order.
 
     Memory traffic: an element of a float32 parameter with an anchor takes 12 bytes, then 32
-        (4, then 28 without).
+        (4, then 28 without); one of a bfloat16 parameter with gradient and anchor in bfloat16 and
+        moments in 8 bits takes 6, then 12.
     """
     if _fit_kernels(batches):
         launcher = Launcher() if launcher is None else launcher
@@ -161,9 +90,10 @@ def _fit_kernels(batches: Sequence[Batch]) -> bool:
     if not use_triton(params[0]) or len({p.device for p in params}) > 1:
         return False
     return all(
-        have_codes([*b.params, *b.grads, *b.exp_avgs, *b.exp_avg_sqs, *b.copies])
+        have_codes([*b.params, *b.grads, *b.copies])
         and (b.form == "none" or have_codes(b.anchors))
-        and {m.dtype for m in (*b.exp_avgs, *b.exp_avg_sqs)} == {torch.float32}
+        and {m.dtype for m in (*b.exp_avgs, *b.exp_avg_sqs)}
+        == {torch.uint8 if b.has_codes else torch.float32}
         and _walk_alike(b.params, b.exp_avgs)
         for b in batches
     )
@@ -190,14 +120,19 @@ def _launch_(
     first = batches[0].params[0]
     device = first.device
     batches = [_align_gradients(number, batch, launcher) for number, batch in enumerate(batches)]
-    tables = [_table_of(batch) for batch in batches]
+    plans = [_plan_of(batch) for batch in batches]
+    num_bytes = max((plan.num_bytes for plan in plans if plan is not None), default=0)
+    stream = launcher.stream_of(device, num_bytes) if num_bytes else None
+    tables = [
+        batch_table(batch, CHUNK_SIZE, plan, stream)
+        for batch, plan in zip(batches, plans, strict=True)
+    ]
     num_chunks = sum(len(table) for table in tables)
     num_params = sum(len(batch.params) for batch in batches)
     partials = torch.empty(2, num_chunks, device=device)
     corrections = torch.empty(num_params, 2, device=device)
     result = torch.empty(3, device=device)
     skipped = torch.empty((), dtype=torch.uint8, device=device)
-    may_skip = skip is not None or skip_non_finite
     flag = None
     if skip is not None:
         flag = (skip if skip.dtype == torch.bool else skip != 0).to(device).view(torch.uint8)
@@ -209,26 +144,23 @@ def _launch_(
         launcher.place(number, "anchor_weight", batch.anchor_weight, device)
         for number, batch in enumerate(batches)
     ]
-    options: dict[str, Any] = {"BLOCK_SIZE": CHUNK_SIZE, "num_warps": NUM_WARPS}
+    steps = step_table(batches)
+    moves = skipped if skip is not None or skip_non_finite else None
     with device_of(first):
+        if stream is not None:
+            stream.begin()
         first_chunk = 0
-        for batch, table, weight in zip(batches, tables, weights, strict=True):
-            if len(table):
-                kernels.anchored_adamw_square_kernel[(len(table),)](
-                    table,
-                    weight,
-                    partials,
-                    first_chunk,
-                    num_chunks,
-                    PULL=PULLS[batch.form],
-                    **options,
-                )
+        for batch, plan, table, weight in zip(batches, plans, tables, weights, strict=True):
+            square = partial(
+                _launch_square, batch, table, weight, partials, first_chunk, num_chunks
+            )
+            _launch_rows(batch, plan, stream, len(table), square)
             first_chunk += len(table)
         kernels.anchored_adamw_reduce_kernel[(1,)](
             partials,
             extra,
             flag,
-            _step_table(batches),
+            steps,
             corrections,
             result,
             skipped,
@@ -241,28 +173,101 @@ def _launch_(
             num_warps=NUM_WARPS,
         )
         first_param = 0
-        for number, (batch, table) in enumerate(zip(batches, tables, strict=True)):
-            beta1, beta2 = batch.betas
-            if len(table):
-                kernels.anchored_adamw_update_kernel[(len(table),)](
-                    table,
-                    launcher.place(number, "lr", batch.lr, device),
-                    weights[number],
-                    corrections,
-                    result,
-                    skipped if may_skip else None,
-                    first_param,
-                    float(beta2),
-                    1.0 - beta1,
-                    1.0 - beta2,
-                    float(batch.eps),
-                    float(batch.weight_decay),
-                    PULL=PULLS[batch.form],
-                    HAS_COPIES=any(copy is not None for copy in batch.copies),
-                    **options,
-                )
+        for number, (batch, plan, table) in enumerate(zip(batches, plans, tables, strict=True)):
+            lr = launcher.place(number, "lr", batch.lr, device)
+            read = (lr, weights[number], corrections, result, moves, steps)
+            update = partial(_launch_update, batch, table, read, first_param)
+            _launch_rows(batch, plan, stream, len(table), update)
             first_param += len(batch.params)
     return result[0], result[1], skipped.view(torch.bool)
+
+
+def _plan_of(batch: Batch) -> Plan | None:
+    """Return how the batch's anchors come to the device; None where they lie there."""
+    if not batch.streams_anchors:
+        return None
+    sizes = tuple(map(Tensor.numel, batch.params))
+    widths = tuple(0 if anchor is None else anchor.element_size() for anchor in batch.anchors)
+    return make_plan(sizes, widths, CHUNK_SIZE, staging.BUFFER_BYTES)
+
+
+def _launch_rows(
+    batch: Batch,
+    plan: Plan | None,
+    stream: AnchorStream | None,
+    num_rows: int,
+    launch: Callable[[int, int], None],
+) -> None:
+    """Launch over all rows of the batch's table: at once, or as their anchors come."""
+    if plan is not None and stream is not None:
+        stream.run(plan, batch.anchors, launch)
+    elif num_rows:
+        launch(0, num_rows)
+
+
+def _launch_square(
+    batch: Batch,
+    table: Tensor,
+    weight: Tensor,
+    partials: Tensor,
+    first_chunk: int,
+    num_chunks: int,
+    first_row: int,
+    num_rows: int,
+) -> None:
+    from fastppt_kernels.anchored_adamw import triton_kernel as kernels
+
+    kernels.anchored_adamw_square_kernel[(num_rows,)](
+        table,
+        weight,
+        partials,
+        first_row,
+        table.shape[1],
+        first_chunk,
+        num_chunks,
+        PULL=PULLS[batch.form],
+        BLOCK_SIZE=CHUNK_SIZE,
+        num_warps=NUM_WARPS,
+    )
+
+
+def _launch_update(
+    batch: Batch,
+    table: Tensor,
+    read: tuple[Tensor | None, ...],
+    first_param: int,
+    first_row: int,
+    num_rows: int,
+) -> None:
+    from fastppt_kernels.anchored_adamw import triton_eight_bit_kernel, triton_update_kernel
+
+    beta1, beta2 = batch.betas
+    rounds = batch.rounding_seed is not None
+    arguments = (
+        table,
+        *read,
+        first_row,
+        first_param,
+        batch.rounding_seed if rounds else 0,
+        float(beta2),
+        1.0 - beta1,
+        1.0 - beta2,
+        float(batch.eps),
+        float(batch.weight_decay),
+    )
+    options: dict[str, Any] = {
+        "PULL": PULLS[batch.form],
+        "HAS_COPIES": any(copy is not None for copy in batch.copies),
+        "ROUND_AT_RANDOM": rounds,
+        "BLOCK_SIZE": CHUNK_SIZE,
+        "num_warps": NUM_WARPS,
+    }
+    if batch.has_codes:
+        triton_eight_bit_kernel.anchored_adamw_eight_bit_kernel[(num_rows,)](
+            *arguments, make_map_table(table.device), **options
+        )
+    else:
+        triton_update_kernel.anchored_adamw_update_kernel[(num_rows,)](*arguments, **options)
 
 
 def _align_gradients(number: int, batch: Batch, launcher: Launcher) -> Batch:
@@ -277,120 +282,3 @@ def _align_gradients(number: int, batch: Batch, launcher: Launcher) -> Batch:
         for index, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True))
     ]
     return replace(batch, grads=grads)
-
-
-def _table_of(batch: Batch) -> Tensor:
-    """Return the table of chunks of the batch, int64 [chunks, 9]."""
-    holes: list[Tensor | None] = [None] * len(batch.params)
-    anchors = batch.anchors if batch.form != "none" else holes
-    moments = (batch.exp_avgs, batch.exp_avg_sqs)
-    return chunk_table([batch.params, anchors, batch.grads, *moments, batch.copies], CHUNK_SIZE)
-
-
-def _step_table(batches: Sequence[Batch]) -> Tensor:
-    """Return the table of step counts, int64 [parameters, 3], as the reduction reads it."""
-    steps = tuple(step.data_ptr() for batch in batches for step in batch.steps)
-    betas = tuple(batch.betas for batch in batches for _ in batch.steps)
-
-    def build() -> Tensor:
-        bits = [[_log_bits(beta1), _log_bits(beta2)] for beta1, beta2 in betas]
-        return torch.cat([torch.tensor(steps)[:, None], torch.tensor(bits)], dim=1)
-
-    return cached_table(("steps", steps, betas), build, batches[0].params[0].device)
-
-
-def _log_bits(beta: float) -> int:
-    """Return the bits of log(beta) in float64, as an integer."""
-    log = math.log(beta) if beta > 0 else -math.inf
-    bits: int = struct.unpack("<q", struct.pack("<d", log))[0]
-    return bits
-
-
-def kernel_configurations() -> list[KernelConfiguration]:
-    """Return every way in which the launches compile."""
-    flags = (False, True)
-    return [
-        *(_square_configuration(pull) for pull in PULLS.values()),
-        *(_reduce_configuration(*given) for given in product(flags, repeat=4)),
-        *(_update_configuration(*given) for given in product(PULLS.values(), flags, flags)),
-    ]
-
-
-def _square_configuration(pull: int) -> KernelConfiguration:
-    from fastppt_kernels.anchored_adamw.triton_kernel import anchored_adamw_square_kernel
-
-    return KernelConfiguration(
-        name="anchored_adamw_square",
-        kernel=anchored_adamw_square_kernel,
-        signature={
-            "table_ptr": "*i64",
-            "weight_ptr": "*fp32",
-            "partial_ptr": "*fp32",
-            "first_chunk": "i32",
-            "num_chunks": "i32",
-            "PULL": "constexpr",
-            "BLOCK_SIZE": "constexpr",
-        },
-        constexprs={"PULL": pull, "BLOCK_SIZE": CHUNK_SIZE},
-        num_warps=NUM_WARPS,
-    )
-
-
-def _reduce_configuration(
-    has_extra: bool, has_skip: bool, has_clip: bool, skip_non_finite: bool
-) -> KernelConfiguration:
-    from fastppt_kernels.anchored_adamw.triton_kernel import anchored_adamw_reduce_kernel
-
-    pointers: dict[str, Any] = {} if has_extra else {"extra_penalty_ptr": None}
-    pointers |= {} if has_skip else {"skip_ptr": None}
-    flags = {"HAS_CLIP": has_clip, "SKIP_NON_FINITE": skip_non_finite}
-    return KernelConfiguration(
-        name="anchored_adamw_reduce",
-        kernel=anchored_adamw_reduce_kernel,
-        signature={
-            "partial_ptr": "*fp32",
-            "extra_penalty_ptr": "*fp32" if has_extra else "constexpr",
-            "skip_ptr": "*u8" if has_skip else "constexpr",
-            "step_table_ptr": "*i64",
-            "correction_ptr": "*fp32",
-            "result_ptr": "*fp32",
-            "skipped_ptr": "*u8",
-            "max_grad_norm": "fp32",
-            "num_chunks": "i32",
-            "num_params": "i32",
-            "HAS_CLIP": "constexpr",
-            "SKIP_NON_FINITE": "constexpr",
-            "BLOCK_SIZE": "constexpr",
-        },
-        constexprs=pointers | flags | {"BLOCK_SIZE": REDUCE_SIZE},
-        num_warps=NUM_WARPS,
-    )
-
-
-def _update_configuration(pull: int, has_copies: bool, may_skip: bool) -> KernelConfiguration:
-    from fastppt_kernels.anchored_adamw.triton_kernel import anchored_adamw_update_kernel
-
-    pointers: dict[str, Any] = {} if may_skip else {"skipped_ptr": None}
-    return KernelConfiguration(
-        name="anchored_adamw_update",
-        kernel=anchored_adamw_update_kernel,
-        signature={
-            "table_ptr": "*i64",
-            "lr_ptr": "*fp32",
-            "weight_ptr": "*fp32",
-            "correction_ptr": "*fp32",
-            "result_ptr": "*fp32",
-            "skipped_ptr": "*u8" if may_skip else "constexpr",
-            "first_param": "i32",
-            "beta2": "fp32",
-            "one_minus_beta1": "fp32",
-            "one_minus_beta2": "fp32",
-            "eps": "fp32",
-            "weight_decay": "fp32",
-            "PULL": "constexpr",
-            "HAS_COPIES": "constexpr",
-            "BLOCK_SIZE": "constexpr",
-        },
-        constexprs=pointers | {"PULL": pull, "HAS_COPIES": has_copies, "BLOCK_SIZE": CHUNK_SIZE},
-        num_warps=NUM_WARPS,
-    )

@@ -6,7 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastppt_kernels.anchored_adamw.batch import Batch
+from fastppt_kernels.anchored_adamw import eight_bit
+from fastppt_kernels.anchored_adamw.batch import Batch, wide_dtype
+from fastppt_kernels.anchored_adamw.rounding import (
+    COUNTER_CHUNK,
+    make_key,
+    random_bits,
+    round_at_random,
+)
 from fastppt_kernels.chunks import cut_into_chunks
 
 # Elements of a list that are worked on at a time. CPU: a parameter, its anchor, its gradient and
@@ -62,11 +69,6 @@ def plain_step_(
     return penalty, grad_norm, skipped
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a parameter of ``dtype`` is updated in, also that of its moments."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Say whether the elements fill their memory in an order that a fused kernel may walk."""
     return tensor.is_contiguous() or (
@@ -82,10 +84,11 @@ def _widen(batch: Batch) -> Batch:
     params: list[Tensor] = []
     grads: list[Tensor] = []
     for param, grad, moment in zip(batch.params, batch.grads, batch.exp_avgs, strict=True):
-        kind = (moment.dtype, moment.stride())
+        dtype = wide_dtype(param.dtype)
+        kind = (dtype, moment.stride())
         for tensor, wide in ((param, params), (grad, grads)):
             same = (tensor.dtype, tensor.stride()) == kind
-            wide.append(tensor if same else torch.empty_like(moment).copy_(tensor))
+            wide.append(tensor if same else torch.empty_like(moment, dtype=dtype).copy_(tensor))
     return replace(batch, params=params, grads=grads)
 
 
@@ -135,18 +138,21 @@ def _cut(batch: Batch) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor
 
 
 def _subtract(params: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
-    """Return theta - theta_0, in theta's dtype."""
+    """Return theta - theta_0, in theta's dtype and on its device."""
     if not anchors:
         return params
-    dtype = params[0].dtype
-    return [*torch._foreach_sub(params, [a if a.dtype == dtype else a.to(dtype) for a in anchors])]
+    device, dtype = params[0].device, params[0].dtype
+    beside = [
+        a if a.dtype == dtype and a.device == device else a.to(device, dtype, non_blocking=True)
+        for a in anchors
+    ]
+    return [*torch._foreach_sub(params, beside)]
 
 
 def _update_(batch: Batch, divisor: Tensor | None, skipped: Tensor | None) -> None:
     """Make torch's AdamW step with the gradients over ``divisor``, and the decoupled pull."""
     if batch.form == "decoupled":
         _decay_and_pull_(batch, skipped)
-    beta1, beta2 = batch.betas
     device = batch.params[0].device
     found_inf = None if skipped is None else skipped.to(device, torch.float32)
     lr = _beside(batch.lr, device)
@@ -156,36 +162,99 @@ def _update_(batch: Batch, divisor: Tensor | None, skipped: Tensor | None) -> No
         # A list: the parser takes a lone 0-dim tensor for a number, and reads it.
         torch._foreach_add_(batch.steps, [1 - found_inf] * len(batch.steps))
     scale = None if divisor is None else divisor.to(device)
+    if batch.has_codes:
+        for index in range(len(batch.params)):
+            _update_with_codes_(batch, index, lr, scale, found_inf)
+        return
     for dtype in {p.dtype for p in batch.params}:
         chosen = [i for i, p in enumerate(batch.params) if p.dtype == dtype]
         lists = [
             _pick(tensors, chosen)
             for tensors in (batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs)
         ]
-        # The fused kernel's own scale is a float32.
-        if scale is not None and dtype == torch.float64:
-            torch._foreach_div_(lists[1], scale)
-        vectors, tails, padded = _split_tails(lists, _pick(batch.steps, chosen))
-        torch._fused_adamw_(
-            vectors[0],
-            vectors[1],
-            vectors[2],
-            vectors[3],
-            [],
-            vectors[4],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            # The decoupled pull has decayed already, from the values before the step.
-            weight_decay=0.0 if batch.form == "decoupled" else batch.weight_decay,
-            eps=batch.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=None if dtype == torch.float64 or scale is None else scale.float(),
-            found_inf=found_inf,
-        )
-        if tails:
-            torch._foreach_copy_(tails, padded)
+        _fused_adamw_(batch, lists, _pick(batch.steps, chosen), lr, scale, found_inf)
+
+
+def _fused_adamw_(
+    batch: Batch,
+    lists: list[list[Tensor]],
+    steps: list[Tensor],
+    lr: float | Tensor,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Make torch's AdamW step, but for the step counts, with the gradients over ``scale``.
+
+    Args:
+        batch: Gives the options.
+        lists: Params, grads, first and second moments, of one dtype.
+        steps: The t, counted already.
+        lr: Learning rate.
+        scale: 0-dim, or None.
+        found_inf: 0-dim, 1 where nothing is to move; or None.
+    """
+    beta1, beta2 = batch.betas
+    is_wide = lists[0][0].dtype == torch.float64
+    # The fused kernel's own scale is a float32.
+    if scale is not None and is_wide:
+        torch._foreach_div_(lists[1], scale)
+    vectors, tails, padded = _split_tails(lists, steps)
+    torch._fused_adamw_(
+        vectors[0],
+        vectors[1],
+        vectors[2],
+        vectors[3],
+        [],
+        vectors[4],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        # The decoupled pull has decayed already, from the values before the step.
+        weight_decay=0.0 if batch.form == "decoupled" else batch.weight_decay,
+        eps=batch.eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None if is_wide or scale is None else scale.float(),
+        found_inf=found_inf,
+    )
+    if tails:
+        torch._foreach_copy_(tails, padded)
+
+
+def _update_with_codes_(
+    batch: Batch, index: int, lr: float | Tensor, scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Make the step of a parameter whose moments are codes, a piece at a time.
+
+    No more than a piece of a moment is ever there in float32.
+    """
+    assert batch.exp_avg_scales is not None and batch.exp_avg_sq_scales is not None
+    device = batch.params[0].device
+    size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    maps = eight_bit.make_maps(device)
+    codes = [batch.exp_avgs[index], batch.exp_avg_sqs[index]]
+    scales = [batch.exp_avg_scales[index], batch.exp_avg_sq_scales[index]]
+    # Pieces that begin where blocks do.
+    flats = (_flatten(t).split(size) for t in (batch.params[index], *codes))
+    grads = _flatten(batch.grads[index]).split(size)
+    of_pieces = [each.split(size // eight_bit.BLOCK_SIZE) for each in scales]
+    for param, *piece_codes, grad, first, second in zip(*flats, grads, *of_pieces, strict=True):
+        moments = [
+            eight_bit.dequantize(code, scale_of_code, each.values)
+            for code, scale_of_code, each in zip(piece_codes, (first, second), maps, strict=True)
+        ]
+        lists = [[param], [grad], [moments[0]], [moments[1]]]
+        _fused_adamw_(batch, lists, [batch.steps[index]], lr, scale, found_inf)
+        for moment, code, scale_of_code, each in zip(
+            moments, piece_codes, (first, second), maps, strict=True
+        ):
+            new_code, new_scale = eight_bit.quantize(moment, each.bounds)
+            if found_inf is not None:
+                # Codes of the value that a code stands for may be others.
+                new_code = torch.where(found_inf != 0, code, new_code)
+                new_scale = torch.where(found_inf != 0, scale_of_code, new_scale)
+            code.copy_(new_code)
+            scale_of_code.copy_(new_scale)
 
 
 def _split_tails(
@@ -209,7 +278,7 @@ def _split_tails(
     cut = [lists[0][i].numel() // VECTOR * VECTOR for i in odd]
     vectors, tails, padded = [], [], []
     for position, tensors in enumerate(lists):
-        flats = [tensors[i].as_strided((tensors[i].numel(),), (1,)) for i in odd]
+        flats = [_flatten(tensors[i]) for i in odd]
         ends = [flat[n:] for flat, n in zip(flats, cut, strict=True)]
         rows = [*tensors[0].new_zeros(len(odd), VECTOR).unbind()]
         parts = [row[: len(end)] for row, end in zip(rows, ends, strict=True)]
@@ -226,12 +295,31 @@ def _split_tails(
 
 def _write_back_(batch: Batch, stored: Batch) -> None:
     """Round the new values into the parameters that are not their own wide form, and the copies."""
-    for param, value in zip(stored.params, batch.params, strict=True):
-        if param is not value:
+    first_chunk = 0
+    for param, value, step in zip(stored.params, batch.params, stored.steps, strict=True):
+        if batch.rounding_seed is not None:
+            _round_into_(param, value, make_key(batch.rounding_seed, step), first_chunk)
+        elif param is not value:
             param.copy_(value)
+        first_chunk += -(-param.numel() // COUNTER_CHUNK)
     copies = [(c, p) for c, p in zip(batch.copies, batch.params, strict=True) if c is not None]
     if copies:
         torch._foreach_copy_([c for c, _ in copies], [p for _, p in copies])
+
+
+def _round_into_(param: Tensor, value: Tensor, key: Tensor, first_chunk: int) -> None:
+    """Round float32 values into a parameter, up or down at random, in the order of its memory."""
+    size = CPU_CHUNK if param.device.type == "cpu" else DEVICE_CHUNK
+    start = first_chunk * COUNTER_CHUNK
+    for target, piece in zip(_flatten(param).split(size), _flatten(value).split(size), strict=True):
+        bits = random_bits(key, start, len(piece))
+        target.copy_(round_at_random(piece, bits, param.dtype))
+        start += len(piece)
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    """Return a dense tensor as the one stretch of memory that it is."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _alike(batch: Batch) -> list[list[int]]:

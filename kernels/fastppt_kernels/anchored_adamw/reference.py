@@ -30,7 +30,7 @@ def anchored_adamw_reference(
     the clip counts the anchor, and the decoupled form.
 
     Args:
-        batches: Of any floating-point dtypes. Not written.
+        batches: Of any floating-point dtypes, with moments in such a one too. Not written.
         max_grad_norm: None: no clip.
         skip: Nothing moves; penalty and norm are those of a step that is not skipped.
         skip_non_finite: Nor does anything where grad_norm is NaN or infinite.

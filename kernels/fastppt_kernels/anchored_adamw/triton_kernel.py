@@ -1,24 +1,24 @@
-"""The three kernels of a step.
+"""The kernels before the update: penalty and norm.
 
 A row of the table of chunks, int64 [9]: the addresses of param, anchor (0: zeros, not read),
 gradient, exp_avg, exp_avg_sq and working copy (0: none), the number of elements, the code, the
-index of the parameter; see ``launch.chunk_table``. Moments are float32.
+index of the parameter; see ``launch.chunk_table``. With moments in 8 bits it has two columns more,
+see ``tables``.
 """
 
 import triton
 import triton.language as tl
 
-from fastppt_kernels.triton_foreign import load_foreign, store_foreign
+from fastppt_kernels.triton_foreign import load_foreign
 
 # How a step pulls to the anchor; op.PULLS names them.
 NO_PULL = tl.constexpr(0)
 PULL_GRADIENT = tl.constexpr(1)
 PULL_PARAMETER = tl.constexpr(2)
-ROW = tl.constexpr(9)
 
 
 @triton.jit
-def _load_gradient(
+def load_gradient(
     param_address,
     anchor_address,
     grad_address,
@@ -75,7 +75,7 @@ def _square_block(
     FLOAT32: tl.constexpr,  # noqa: N803
 ):
     """Return the sums of the squares of the pulled gradient and of param - anchor."""
-    _, difference, grad = _load_gradient(
+    _, difference, grad = load_gradient(
         tl.load(row_ptr),
         tl.load(row_ptr + 1),
         tl.load(row_ptr + 2),
@@ -120,11 +120,13 @@ def _square_chunk(
     return square, distance
 
 
-@triton.jit(do_not_specialize=["first_chunk", "num_chunks"])
+@triton.jit(do_not_specialize=["first_row", "row_size", "first_chunk", "num_chunks"])
 def anchored_adamw_square_kernel(
     table_ptr,
     weight_ptr,
     partial_ptr,
+    first_row,
+    row_size,
     first_chunk,
     num_chunks,
     PULL: tl.constexpr,  # noqa: N803
@@ -132,21 +134,23 @@ def anchored_adamw_square_kernel(
 ):
     """Write each chunk's ||g + 2 weight (param - anchor)||^2 and weight ||param - anchor||^2.
 
-    One program a row of the table. In float32; the gradient is not written.
+    One program a row of the table, from ``first_row``. In float32; the gradient is not written.
 
     Memory traffic: 3 reads an element (2 without anchors, 1 without a pull), and 80 bytes a chunk.
 
     Args:
-        table_ptr: int64 [chunks of this group, 9]; see above.
+        table_ptr: int64 [chunks of this group, row_size]; see above.
         weight_ptr: float32 [], the anchor's.
         partial_ptr: float32 [2, num_chunks], gradients then penalties; written.
+        first_row: Of the table, the one of the first program.
+        row_size: Columns of the table.
         first_chunk: Where the chunks of this group begin in ``partial_ptr``.
         num_chunks: Chunks of all groups.
         PULL: NO_PULL, PULL_GRADIENT, or PULL_PARAMETER (the penalty alone).
         BLOCK_SIZE: Elements a chunk.
     """
-    chunk = tl.program_id(0)
-    row_ptr = table_ptr + chunk.to(tl.int64) * ROW
+    chunk = first_row + tl.program_id(0)
+    row_ptr = table_ptr + chunk.to(tl.int64) * row_size
     code = tl.load(row_ptr + 7).to(tl.int32)
     weight = tl.load(weight_ptr)
     square = 0.0
@@ -254,251 +258,3 @@ def anchored_adamw_reduce_kernel(
         tl.store(out_ptr, correction1.to(tl.float32), mask=mask)
         tl.store(out_ptr + 1, correction2.to(tl.float32), mask=mask)
         start += BLOCK_SIZE
-
-
-@triton.jit
-def _update_block(
-    row_ptr,
-    offsets,
-    mask,
-    code,
-    lr,
-    weight,
-    coefficient,
-    correction1,
-    correction2,
-    beta2,
-    one_minus_beta1,
-    one_minus_beta2,
-    eps,
-    weight_decay,
-    PULL: tl.constexpr,  # noqa: N803
-    HAS_COPIES: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
-    FLOAT32: tl.constexpr,  # noqa: N803
-):
-    """Update the elements at ``offsets`` of the row's tensors."""
-    param_address = tl.load(row_ptr)
-    param, difference, grad = _load_gradient(
-        param_address,
-        tl.load(row_ptr + 1),
-        tl.load(row_ptr + 2),
-        offsets,
-        mask,
-        code,
-        weight,
-        PULL,
-        True,
-        ALIGNED,
-        FLOAT32,
-    )
-    exp_avg_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32))
-    exp_avg_sq_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        exp_avg_ptr = tl.multiple_of(exp_avg_ptr, 16)
-        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, 16)
-    exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
-
-    grad *= coefficient
-    exp_avg += one_minus_beta1 * (grad - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    denominator = tl.sqrt_rn(exp_avg_sq) * correction2 + eps
-    change = weight_decay * param + correction1 * tl.div_rn(exp_avg, denominator)
-    if PULL == PULL_PARAMETER:
-        change += weight * difference
-    param -= lr * change
-
-    tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
-    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
-    param_code = 0 if FLOAT32 else code & 3
-    store_foreign(param_address, offsets, param, mask, param_code, ALIGNED)
-    if HAS_COPIES:
-        copy_address = tl.load(row_ptr + 5)
-        copied = mask & (copy_address != 0)
-        store_foreign(copy_address, offsets, param, copied, (code >> 10) & 3, ALIGNED)
-
-
-@triton.jit
-def _update_chunk(
-    row_ptr,
-    lr,
-    weight,
-    coefficient,
-    correction1,
-    correction2,
-    beta2,
-    one_minus_beta1,
-    one_minus_beta2,
-    eps,
-    weight_decay,
-    PULL: tl.constexpr,  # noqa: N803
-    HAS_COPIES: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
-    FLOAT32: tl.constexpr,  # noqa: N803
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-):
-    """Do :func:`_update_block` for a row of the table."""
-    count = tl.load(row_ptr + 6).to(tl.int32)
-    code = tl.load(row_ptr + 7).to(tl.int32)
-    offsets = tl.arange(0, BLOCK_SIZE)
-    whole = count // 16 * 16 if ALIGNED else count
-    _update_block(
-        row_ptr,
-        offsets,
-        offsets < whole,
-        code,
-        lr,
-        weight,
-        coefficient,
-        correction1,
-        correction2,
-        beta2,
-        one_minus_beta1,
-        one_minus_beta2,
-        eps,
-        weight_decay,
-        PULL,
-        HAS_COPIES,
-        ALIGNED,
-        FLOAT32,
-    )
-    if ALIGNED:  # noqa: SIM102 - decided at compile time
-        if whole < count:
-            rest = whole + tl.arange(0, 16)
-            _update_block(
-                row_ptr,
-                rest,
-                rest < count,
-                code,
-                lr,
-                weight,
-                coefficient,
-                correction1,
-                correction2,
-                beta2,
-                one_minus_beta1,
-                one_minus_beta2,
-                eps,
-                weight_decay,
-                PULL,
-                HAS_COPIES,
-                ALIGNED,
-                FLOAT32,
-            )
-
-
-@triton.jit(do_not_specialize=["first_param"])
-def anchored_adamw_update_kernel(
-    table_ptr,
-    lr_ptr,
-    weight_ptr,
-    correction_ptr,
-    result_ptr,
-    skipped_ptr,
-    first_param,
-    beta2,
-    one_minus_beta1,
-    one_minus_beta2,
-    eps,
-    weight_decay,
-    PULL: tl.constexpr,  # noqa: N803
-    HAS_COPIES: tl.constexpr,  # noqa: N803
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-):
-    """Write parameters, moments and working copies of a group.
-
-    g = coefficient (grad + 2 weight (param - anchor)),   m += (1 - beta1)(g - m)
-    v = beta2 v + (1 - beta2) g^2,   param -= lr (weight_decay param + m^ / (sqrt(v^) + eps))
-    with PULL_PARAMETER:  g = coefficient grad,  param -= lr weight (param - anchor) as well
-
-    One program a row of the table, in float32; each stored value is rounded once.
-
-    Memory traffic: 8 reads or writes an element (7 without an anchor), 2 bytes for a bfloat16
-    copy, and 80 bytes a chunk. FLOPs: 20 an element.
-
-    Args:
-        table_ptr: int64 [chunks of this group, 9]; see above. All but anchors and gradients is
-            written.
-        lr_ptr: float32 [].
-        weight_ptr: float32 [], the anchor's.
-        correction_ptr: float32 [parameters of all groups, 2], from the kernel above.
-        result_ptr: float32 [3], likewise; the third is the clip coefficient.
-        skipped_ptr: uint8 [], likewise: where it is not 0 nothing is written; or None.
-        first_param: Where the parameters of this group begin in ``correction_ptr``.
-        beta2: float32, as are the four after it.
-        one_minus_beta1: Rounded from float64, as beta1 is not needed itself.
-        one_minus_beta2: Likewise.
-        eps: Added to the root.
-        weight_decay: AdamW's.
-        PULL: As above.
-        HAS_COPIES: Some row has a working copy.
-        BLOCK_SIZE: Elements a chunk.
-    """
-    moves = tl.load(skipped_ptr) == 0 if skipped_ptr is not None else True
-    if moves:
-        row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * ROW
-        code = tl.load(row_ptr + 7).to(tl.int32)
-        lr = tl.load(lr_ptr)
-        weight = tl.load(weight_ptr)
-        coefficient = tl.load(result_ptr + 2)
-        own_ptr = correction_ptr + (first_param + tl.load(row_ptr + 8)) * 2
-        correction1 = tl.load(own_ptr)
-        correction2 = tl.load(own_ptr + 1)
-        if code >> 16 == 0:
-            _update_chunk(
-                row_ptr,
-                lr,
-                weight,
-                coefficient,
-                correction1,
-                correction2,
-                beta2,
-                one_minus_beta1,
-                one_minus_beta2,
-                eps,
-                weight_decay,
-                PULL,
-                HAS_COPIES,
-                False,
-                False,
-                BLOCK_SIZE,
-            )
-        elif code & 63 == 0:
-            _update_chunk(
-                row_ptr,
-                lr,
-                weight,
-                coefficient,
-                correction1,
-                correction2,
-                beta2,
-                one_minus_beta1,
-                one_minus_beta2,
-                eps,
-                weight_decay,
-                PULL,
-                HAS_COPIES,
-                True,
-                True,
-                BLOCK_SIZE,
-            )
-        else:
-            _update_chunk(
-                row_ptr,
-                lr,
-                weight,
-                coefficient,
-                correction1,
-                correction2,
-                beta2,
-                one_minus_beta1,
-                one_minus_beta2,
-                eps,
-                weight_decay,
-                PULL,
-                HAS_COPIES,
-                True,
-                False,
-                BLOCK_SIZE,
-            )

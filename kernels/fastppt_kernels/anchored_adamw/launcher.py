@@ -1,0 +1,91 @@
+"""What a step keeps on the device from one to the next."""
+
+import torch
+from torch import Tensor
+
+from fastppt_kernels.anchored_adamw.staging import AnchorStream
+
+
+class Launcher:
+    """What an optimizer keeps on the device between steps, so that its addresses stay."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        self._widened: dict[tuple[int, int], Tensor] = {}
+        self._aligned: dict[tuple[int, int], Tensor] = {}
+        self._streams: dict[tuple[torch.device, int], AnchorStream] = {}
+
+    def widen(self, number: int, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the gradient contiguous and in ``dtype``: itself, or a copy in a kept buffer.
+
+        Args:
+            number: Of the group; with ``index``, what the buffer is known by.
+            index: Of the parameter in the group.
+            grad: Not written.
+            dtype: At least as wide as the gradient's.
+        """
+        if grad.dtype == dtype and grad.is_contiguous():
+            return grad
+        kept = self._widened.get((number, index))
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (
+            grad.shape,
+            dtype,
+            grad.device,
+        ):
+            kept = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+            self._widened[number, index] = kept
+        return kept.copy_(grad)
+
+    def align(self, number: int, index: int, grad: Tensor, param: Tensor) -> Tensor:
+        """Return the gradient walked as its parameter is: itself, or a copy in a kept buffer.
+
+        Args:
+            number: Of the batch; with ``index``, what the buffer is known by.
+            index: Of the parameter in the batch.
+            grad: Not written.
+            param: Gives the strides.
+        """
+        if grad.stride() == param.stride():
+            return grad
+        kept = self._aligned.get((number, index))
+        if kept is None or (kept.stride(), kept.dtype, kept.device) != (
+            param.stride(),
+            grad.dtype,
+            param.device,
+        ):
+            kept = torch.empty_like(param, dtype=grad.dtype)
+            self._aligned[number, index] = kept
+        return kept.copy_(grad)
+
+    def place(self, number: int, name: str, value: float | Tensor, device: torch.device) -> Tensor:
+        """Return the option as a 0-dim float32 tensor on the device.
+
+        Args:
+            number: Of the batch; with ``name``, what the option is known by.
+            name: Of the option.
+            value: A float is written to the device only when it is another than at the last step.
+                A float32 tensor there is returned itself.
+            device: Where the kernels run.
+        """
+        if isinstance(value, Tensor):
+            return value.detach().to(device, torch.float32)
+        last, kept = self._kept.get((number, name), (None, None))
+        if kept is None or kept.device != device:
+            last, kept = None, torch.empty((), device=device)
+        if last == value:
+            return kept
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph's write happens at its replays: what is kept for steps outside stays apart.
+            return torch.full((), value, device=device)
+        self._kept[number, name] = (value, kept.fill_(value))
+        return kept
+
+    def stream_of(self, device: torch.device, num_bytes: int) -> AnchorStream:
+        """Return the buffers that anchors from the host come through, of this size.
+
+        All that there were stay: a captured step may read them.
+        """
+        key = (device, num_bytes)
+        if key not in self._streams:
+            self._streams[key] = AnchorStream(device, num_bytes)
+        return self._streams[key]
