@@ -16,7 +16,8 @@ def load(pipe: Pipeline, run: str | Path) -> Pipeline:
     taught to tokenizers and text encoders. A pipeline takes one run.
 
     Args:
-        pipe: Of the base model that the run trained, on any device and of any dtype. Written.
+        pipe: Of the base model that the run trained, on any device and of any dtype; for shifts of
+            singular values not of fewer bits than the run's. Written.
         run: Output folder of a finished run, or one of its checkpoints.
 
     Returns:

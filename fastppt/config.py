@@ -139,7 +139,8 @@ class RunConfig(Section):
     sample_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two sample grids; 0 draws them before and after only."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two checkpoints; 0 writes one only where a run is interrupted."""
+    """Steps between two checkpoints; 0 writes one only where a run is interrupted, or its result
+    cannot be saved."""
     keep_checkpoints: Annotated[int, Field(ge=0)] = 0
     """Checkpoints that are kept, the newest ones; 0 keeps all."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 20

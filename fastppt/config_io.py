@@ -170,7 +170,7 @@ def _model_family(table: Table, settings: Sequence[tuple[str, Any]]) -> str | No
     """
     given = {"model": dict(table["model"])} if isinstance(table.get("model"), dict) else {}
     for key, value in settings:
-        if key.startswith("model."):
+        if key.partition(".")[0] == "model":
             _set_key(given, key, value)
     try:
         model = ModelConfig.model_validate(given.get("model", {}))

@@ -47,7 +47,11 @@ REQUIRED = {
 # Distributions that a run can do without, what one imports of each, and what is missing then.
 OPTIONAL = {
     "triton": ("triton", "PyTorch computes what the kernels would; on a GPU no --engine compile"),
-    "peft": ("peft", "diffusers' own load_lora_weights cannot read the LoRA files; fastppt can"),
+    "peft": (
+        "peft",
+        "no dora, loha, lokr, oft, boft, and diffusers' own load_lora_weights cannot read the LoRA "
+        "files; fastppt can",
+    ),
     "tensorboard": ("tensorboard", "no --tensorboard"),
     "xformers": ("xformers", "no --attention xformers"),
     "flash-attn": ("flash_attn", "no --attention flash"),
@@ -235,6 +239,7 @@ def run_settings(config: RunConfig) -> list[Finding]:
     from fastppt.families.loading import detect_family
     from fastppt.outputs.folder import check_output
     from fastppt.outputs.metrics import check_tensorboard
+    from fastppt.outputs.results import check_libraries
 
     found = []
     if config.output is not None:
@@ -242,6 +247,7 @@ def run_settings(config: RunConfig) -> list[Finding]:
         found.append(checked("output", text, lambda: check_output(config, overwrite=True)))
     if config.tensorboard:
         found.append(checked("curves", "TensorBoard is there", check_tensorboard))
+    found.append(checked("results", "can be written", lambda: check_libraries(config)))
     if config.recipe is not None and config.model.path is not None:
         try:
             family = detect_family(config.model)

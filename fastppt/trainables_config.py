@@ -127,7 +127,8 @@ class NetworkWeightsConfig(TrainableConfig):
     master_weights: bool = True
     """Keep float32 values beside a network in 16 bits, and round the network from them. Without,
     the network's own values are trained, each update rounded up or down at random so that small
-    ones are not lost: a third of the memory of weights and gradients less, and less exact."""
+    ones are not lost: half the memory of weights and gradients (of fp16 three fifths), and less
+    exact."""
 
 
 class FullConfig(NetworkWeightsConfig):

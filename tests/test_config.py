@@ -92,6 +92,8 @@ def test_a_recipe_that_differs_by_family_is_that_of_the_model(tmp_path: Path) ->
 
     assert second() == second(model__path="mini-sd") == ["full"]
     assert second(model__path="mini-sdxl") == second(model__path="mini-sd3") == ["lora"]
+    whole = build_config("rare-token", settings=[parse_setting('model={path="mini-sd3"}')])
+    assert list(whole.stage[1].trainables.given) == ["lora"]
     # A setting reaches the tables of that family.
     settings = [("model.path", "mini-sd3"), ("stage.1.trainables.lora.rank", 5)]
     config = build_config("rare-token", settings=settings)

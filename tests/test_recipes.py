@@ -27,7 +27,7 @@ from fastppt.outputs.samples import MARGIN, MIN_CELL
 from fastppt.training.loop import train
 from fastppt.training.run import RunResult
 
-# One of each objective, and of each kind of stages.
+# One of each objective; recipes of several stages are slow.
 FAST = {("lora-prior", "sd"), ("ppt-dreambooth", "sd"), ("dco", "sdxl"), ("apt", "sd")}
 EVERY = [
     pytest.param(recipe, family, marks=() if (recipe, family) in FAST else pytest.mark.slow)

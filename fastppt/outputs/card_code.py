@@ -47,12 +47,21 @@ def card_code(config: RunConfig, family: Family, tokens: LearnedTokens | None, p
         case None | "lora":
             pass
         case _:
-            return f'import fastppt\n{code}\nfastppt.load(pipe, ".")\n{draw}'
+            load = 'fastppt.load(pipe, ".")'
+            # First rounded, weights might not be those that were trained.
+            on_gpu = f'pipe.to("cuda")\n{load}\npipe.to(torch.bfloat16)'
+            code = code.replace(ON_GPU, on_gpu) if ON_GPU in code else f"{code}\n{load}"
+            return f"import fastppt\n{code}\n{draw}"
     if has_lora(config):
         code += f'\npipe.load_lora_weights(".", weight_name="{DIFFUSERS_FILE}")'
     if tokens is not None and len(tokens.rows) > 1:
         code = _with_import(code, "from safetensors.torch import load_file")
     return f"{code}\n{_word_code(family, tokens)}{draw}"
+
+
+def quoted(value: str | list[str]) -> str:
+    """Return a value as Python, JSON and YAML write it: no escapes, which they read differently."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def needs_peft(config: RunConfig) -> bool:
@@ -78,13 +87,13 @@ def _word_code(family: Family, tokens: LearnedTokens | None) -> str:
     """Return the Python lines that teach diffusers' pipeline the learned word; none without one."""
     if tokens is None:
         return ""
-    file, word = json.dumps(embedding_name(tokens.word)), json.dumps(tokens.word)
+    file, word = quoted(embedding_name(tokens.word)), quoted(tokens.word)
     if len(tokens.rows) == 1:
         return f"pipe.load_textual_inversion({file}, token={word})\n"
     code = f"word = load_file({file})\n"
     encoders = [
         (
-            f"word[{json.dumps(EMBEDDING_KEYS[name])}]",
+            f"word[{quoted(EMBEDDING_KEYS[name])}]",
             name,
             name.replace("text_encoder", "tokenizer"),
         )
@@ -100,7 +109,7 @@ def _word_code(family: Family, tokens: LearnedTokens | None) -> str:
     for rows, encoder, tokenizer in encoders:
         code += f"    (pipe.{tokenizer}, pipe.{encoder}, {rows}),\n"
     return (
-        f"{code}):\n    tokenizer.add_tokens({json.dumps(list(tokens.words))})\n"
+        f"{code}):\n    tokenizer.add_tokens({quoted(list(tokens.words))})\n"
         "    text_encoder.resize_token_embeddings(len(tokenizer))\n"
         "    text_encoder.get_input_embeddings().weight.data[-len(rows):] = rows\n"
     )
@@ -108,12 +117,12 @@ def _word_code(family: Family, tokens: LearnedTokens | None) -> str:
 
 def _draw_code(prompt: str, family: Family, tokens: LearnedTokens | None) -> str:
     """Return the Python line that draws the prompt."""
-    arguments = [json.dumps(prompt)]
+    arguments = [quoted(prompt)]
     if tokens is not None and not LAYOUTS[family.name].pipeline_loads_words:
         # The largest text encoder reads the prompt as it is written.
         written_out = family.text.expand(prompt)
         if written_out != prompt:
-            arguments = [json.dumps(written_out), f"prompt_3={json.dumps(prompt)}"]
+            arguments = [quoted(written_out), f"prompt_3={quoted(prompt)}"]
     arguments += [f"{key}={value}" for key, value in family.prompt_options.items()]
     return f"image = pipe({', '.join(arguments)}).images[0]"
 
@@ -132,14 +141,14 @@ def _load_code(model: ModelConfig, family: Family) -> str:
         "variant": model.variant,
         "config": None if model.config_folder is None else str(model.config_folder),
     }
-    arguments = [json.dumps(path)]
-    arguments += [f"{key}={json.dumps(value)}" for key, value in options.items() if value]
+    arguments = [quoted(path)]
+    arguments += [f"{key}={quoted(value)}" for key, value in options.items() if value]
     arguments += [without] * bool(without)
     classes, before = [pipeline], ""
     if model.vae is not None:
         classes.insert(0, "AutoencoderKL")
         subfolder = ', subfolder="vae"' if (Path(model.vae) / "vae").is_dir() else ""
-        place = f"{json.dumps(model.vae)}{subfolder}"
+        place = f"{quoted(model.vae)}{subfolder}"
         before = f"vae = AutoencoderKL.{_loader(model.vae)}({place})\n"
         arguments.append("vae=vae")
     return (

@@ -269,7 +269,7 @@ def find_word(
         return given
     if file is None or not file.is_file():
         raise UserError(
-            f"LoRA {source}: goes with the learned word {word}, which the prompt says, and there "
+            f"{source}: goes with the learned word {word}, which the prompt says, and there "
             f"is no embedding {file}; pass --embedding FILE"
         )
     return file

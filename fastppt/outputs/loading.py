@@ -19,6 +19,7 @@ from fastppt.outputs.lora_files import DIFFUSERS_FILE, has_lora
 from fastppt.outputs.lora_forms import read_lora
 from fastppt.outputs.lora_metadata import learned_word
 from fastppt.outputs.network_files import family_of_network, put_network_
+from fastppt.outputs.results import check_libraries
 from fastppt.trainables.trainables import LORA
 
 Pipeline = TypeVar("Pipeline")
@@ -45,7 +46,13 @@ def load(pipe: Pipeline, run: Path) -> Pipeline:
             )
     component = LAYOUTS[family].components[0]
     if config.network not in (None, LORA):
-        put_network_(getattr(pipe, component), component, run, config)
+        network = getattr(pipe, component)
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise UserError(
+                f"{run}: the pipeline keeps its weights elsewhere; load the run before "
+                "enable_sequential_cpu_offload"
+            )
+        put_network_(network, component, run, config)
     if files.lora is not None:
         load_lora: Any = pipe
         load_lora.load_lora_weights(str(run), weight_name=files.lora)
@@ -75,6 +82,7 @@ def _read_files(run: Path, config: RunConfig) -> _Files:
     Raises:
         UserError: one is missing or cannot be read, or the library that it takes is not there.
     """
+    check_libraries(config)
     families: dict[str, str | None] = {}
     lora, embedding = None, None
     if config.network not in (None, LORA):

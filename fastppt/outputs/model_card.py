@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from fastppt.data.class_images import ClassImages
 from fastppt.data.prompts import class_prompt, subject_prompt, subject_words
 from fastppt.families.base import Family
 from fastppt.families.lora_keys import has_kohya_form
-from fastppt.outputs.card_code import card_code, needs_peft
+from fastppt.outputs.card_code import card_code, needs_peft, quoted
 from fastppt.outputs.embeddings import SUFFIX, embedding_name
 from fastppt.outputs.lora_files import has_lora, lora_name, run_name
 from fastppt.outputs.lora_metadata import objectives_in_words
@@ -51,10 +50,10 @@ def model_card(
     needs = " (needs `pip install peft`)" if needs_peft(config) else ""
     return f"""\
 ---
-base_model: {json.dumps(path)}
+base_model: {quoted(path)}
 library_name: diffusers
 tags: [text-to-image, {tag}, {family.name}, fastppt]
-instance_prompt: {json.dumps(prompt)}
+instance_prompt: {quoted(prompt)}
 ---
 
 # {name}

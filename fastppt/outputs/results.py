@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastppt.config import RunConfig
+from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.outputs.lora_files import lora_files_of_run, write_diffusers_files, write_lora_files
 from fastppt.outputs.network_files import network_files, write_network, write_small_network
 from fastppt.trainables.trainables import Trainables
+from fastppt.trainables_config import AdapterConfig
 
 
 def write_results(
@@ -38,6 +41,20 @@ def write_results(
         *write_network(folder, config, family, trainables),
         *write_lora_files(folder, config, family, trainables, photo_counts),
     ]
+
+
+def check_libraries(config: RunConfig) -> None:
+    """Refuse a run whose results could not be written when all is trained.
+
+    Raises:
+        UserError: says what to install.
+    """
+    _, table = config.trainables.get(config.network or "", (0, None))
+    if isinstance(table, AdapterConfig) and find_spec("peft") is None:
+        raise UserError(
+            f"stage.0.trainables.{config.network}: its files are made by the library peft, which "
+            "is not installed: pip install peft"
+        )
 
 
 def write_checkpoint_files(

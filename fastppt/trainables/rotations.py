@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Oft:
     """Rotated inputs, block by block: W' = W R^T, R = (I - Q)(I + Q)^-1, Q = -Q^T.
 
     The Cayley transform is exact, as in the method's own code, not peft's series, which is far off
-    where rotations are large: R - I = -2 Q (I + Q)^-1, without a look at the host.
+    where rotations are large.
 
     Source: Qiu et al., arXiv 2306.07280, section 3.3, equation 5; Q starts at zero.
 
@@ -160,11 +161,71 @@ class Boft:
 def cayley_change(skew: Tensor) -> Tensor:
     """Return (I - Q)(I + Q)^-1 - I of skew-symmetric matrices Q [n, b, b]: zero of zero, exactly.
 
-    I + Q always has an inverse, so nobody has to look whether it does.
+    Products of matrices alone make the inverse, which a CUDA graph can hold; solvers' libraries may
+    allocate, or wait for the device. It is that of `_invert`, as far as ||Q||^2 / 2 is up to
+    `FURTHEST`, which is rotations by up to 179.9 degrees.
     """
+    change: Tensor = _CayleyChange.apply(skew)  # type: ignore[no-untyped-call]
+    return change
+
+
+class _CayleyChange(torch.autograd.Function):
+    """-2 Q M with M = (I + Q)^-1 = I + change / 2, so that the result is all that is kept.
+
+    d change = -2 M dQ M.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, skew: Tensor) -> Tensor:
+        change = -2 * (skew @ _invert(skew))
+        ctx.save_for_backward(change)
+        return change
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (change,) = ctx.saved_tensors
+        (grad,) = gradients
+        # -2 M^T G M^T, where 2 M^T = 2 I + change^T.
+        turned = torch.baddbmm(grad, change.mT, grad, beta=2)
+        return torch.baddbmm(turned, turned, change.mT, beta=-1, alpha=-0.5)
+
+
+def _invert(skew: Tensor) -> Tensor:
+    """Return (I + Q)^-1 by Newton's iteration X <- c X (2 I - (I + Q) X), with no look at the host.
+
+    From X = a (I + Q)^T the eigenvalues y of (I + Q) X are real, a (1 + q^2), and with the norm of
+    Q in a they lie in [l, 2 - l]. A step takes y to c y (2 - y), and its c is the one that makes
+    the new interval symmetric about 1 again.
+
+    Source: Schulz (1933) for the iteration; Pan and Schreiber (SIAM J. Sci. Stat. Comput. 12, 1991,
+    section 5) for the scaled steps.
+    """
+    half_square = 0.5 * skew.square().sum((-2, -1), keepdim=True)
     identity = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
-    inverse: Tensor = torch.linalg.inv_ex(identity + skew).inverse
-    return -2 * (skew @ inverse)
+    matrix = identity + skew
+    inverse = (identity - skew) / (1 + 0.5 * half_square)
+    for factor in STEP_FACTORS:
+        inverse = torch.baddbmm(inverse, inverse, matrix @ inverse, beta=2 * factor, alpha=-factor)
+    return inverse
+
+
+def _step_factors(furthest: float) -> list[float]:
+    """Return c of each step of `_invert`, until what is left is rounding in float64.
+
+    Args:
+        furthest: Largest ||Q||^2 / 2, so that no q^2 is larger.
+    """
+    least, factors = 2 / (2 + furthest), []
+    while 1 - least > 1e-15:
+        low = least * (2 - least)
+        factors.append(2 / (1 + low))
+        least = low * factors[-1]
+    return factors
+
+
+FURTHEST = 1e6
+"""Largest ||Q||^2 / 2 of a block that `cayley_change` is exact for, up to rounding."""
+STEP_FACTORS = _step_factors(FURTHEST)
 
 
 def _skew(triangles: Tensor) -> Tensor:

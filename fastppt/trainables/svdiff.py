@@ -189,7 +189,7 @@ def merge_shifts_(
         else:
             left, values, right = decompose(weight.to(base_dtype))
             _check_shape(path, shift, values.shape)
-            _check_values(path, values, tensors.get(path + SINGULAR_VALUES))
+            _check_values(path, values, tensors.get(path + SINGULAR_VALUES), base_dtype)
             change = (left * torch.maximum(wide_shift, -values)) @ right
         weight.copy_(weight.double() + change.view(weight.shape))
 
@@ -301,7 +301,9 @@ def _check_shape(path: str, shift: Tensor, wanted: torch.Size) -> None:
         )
 
 
-def _check_values(path: str, values: Tensor, trained: Tensor | None) -> None:
+def _check_values(
+    path: str, values: Tensor, trained: Tensor | None, base_dtype: torch.dtype
+) -> None:
     if trained is None:
         raise UserError(f"{path}{SINGULAR_VALUES}: is missing; was the file written by fastppt?")
     _check_shape(path + SINGULAR_VALUES, trained, values.shape)
@@ -309,5 +311,5 @@ def _check_values(path: str, values: Tensor, trained: Tensor | None) -> None:
     if not difference <= SAME_WEIGHTS * values.amax():
         raise UserError(
             f"{path}: has other singular values than the weight that was trained. Load the model "
-            "that the run trained, from the same files, in their own precision or the run's"
+            f"that the run trained, from the same files, in their own precision or {base_dtype}"
         )

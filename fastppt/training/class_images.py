@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Set
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -211,6 +211,7 @@ class _Painter:
         )
         hashes: dict[int, str] = {}
         with (
+            closing(sampler),
             class_image_line(console, len(missing), prior.steps) as show,
             # A few pictures do not repay the compilation of the blocks for inference.
             torch.compiler.set_stance("force_eager"),

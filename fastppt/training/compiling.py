@@ -107,7 +107,7 @@ def check_gradients(steps: Iterable[Step], trainables: Trainables) -> None:
 
 
 def _check_pass(step: Step, trainables: Trainables, tolerance: float, *, with_base: bool) -> None:
-    snapshot = Snapshot(written_tensors(step), [step.generator])
+    snapshot = Snapshot(written_tensors(step), step.generators.values())
     try:
         eager, compiled = _trial_gradients(step, trainables, with_base=with_base)
     finally:
@@ -146,7 +146,7 @@ def _trial_gradients(
     trainables.refresh()
     if step.loss_scale is not None:
         step.loss_scale.scale.fill_(TRIAL_LOSS_SCALE)
-    trial = Snapshot(written_tensors(step), [step.generator])
+    trial = Snapshot(written_tensors(step), step.generators.values())
     with torch.compiler.set_stance("force_eager"):
         accumulate_gradients(step, with_base=with_base)
     eager = _gradients(trainables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fastppt.outputs.lock import lock_output
 from fastppt.outputs.lora_files import run_name
 from fastppt.outputs.metrics import check_tensorboard
 from fastppt.outputs.model_card import model_card
-from fastppt.outputs.results import write_results
+from fastppt.outputs.results import check_libraries, write_results
 from fastppt.stage_config import StageConfig
 from fastppt.trainables.trainables import Trainables
 from fastppt.training.build import build_trainables, without_init
@@ -139,7 +139,8 @@ def _run(
         resumption.accept(run.config)
     with _resumable(folder):
         run.go()
-        run.result.files = _save(run)
+        with _kept(run), run.shown():
+            run.result.files = _save(run)
     if interruption.wanted is not None:
         name = signal_name(interruption.wanted)
         console.print(f"note: {name} came when all was trained; the run is whole", highlight=False)
@@ -158,6 +159,24 @@ def _resumable(folder: RunFolder) -> Iterator[None]:
         how = f"goes on from {folder.checkpoint(max(saved)).name}" if saved else "starts over"
         raise UserError(
             f"{error}. When it can be, the run {how} with --resume {folder.root}"
+        ) from error
+
+
+@contextmanager
+def _kept(run: TrainingRun) -> Iterator[None]:
+    """Keep what is trained in a checkpoint where it cannot be saved inside, if that one can be."""
+    try:
+        yield
+    except Exception as error:
+        saved = None
+        with suppress(UserError):
+            saved = run.save_checkpoint()
+        told = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+        if saved is None or not told:
+            raise
+        raise UserError(
+            f"{error}. All is trained, and kept in {saved}; once that is mended, "
+            f"--resume {run.result.folder.root} saves it"
         ) from error
 
 
@@ -218,6 +237,7 @@ def _find_photos(config: RunConfig, console: Console, resumption: Resumption | N
     check_recipe_fits(config, detect_family(config.model))
     if config.tensorboard:
         check_tensorboard()
+    check_libraries(config)
     photos = find_photos(config.photos.folder, config.photos.captions)
     if resumption is not None:
         resumption.describe(console)
@@ -310,7 +330,7 @@ def _resolve_stage(stage: StageConfig, family: Family, key: str) -> StageConfig:
 
 
 def _save(run: TrainingRun) -> list[Path]:
-    """Write what people use of a run, and return the files.
+    """Write what people use of a run as its last stage shows it, and return the files.
 
     The model card comes last, because it says that the run is finished.
     """

@@ -31,6 +31,7 @@ from fastppt.training.checkpoint import (
 MAY_CHANGE = (
     # How steps run. The same mathematics, not the same bits.
     *("engine", "compile_scope", "gradient_checkpointing", "deterministic", "model.attention"),
+    "stage.*.objectives.anchor.storage",
     # What is shown and kept.
     *("log_every", "sample_every", "samples.*", "prompts.contexts"),
     *("tensorboard", "plots", "checkpoint_every", "keep_checkpoints", "max_bad_steps"),

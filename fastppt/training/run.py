@@ -151,10 +151,10 @@ class TrainingRun:
         with self.line:
             for index in range(self.stage, len(self.config.stage)):
                 if index != self.stage:
+                    self.hand_on()
                     self.build_steps(index)
                 self.announce_stage()
                 self.run_stage(index, self.config.stage[index])
-                self.hand_on()
         # Those that a kill has left beside the last one.
         prune_checkpoints(folder, self.config.keep_checkpoints)
         self.metrics.write()
@@ -210,7 +210,7 @@ class TrainingRun:
             self.console.print(f"{text}, {left} steps", highlight=False, soft_wrap=True)
 
     def hand_on(self) -> None:
-        """End a stage: what it has learned is what the next one starts from, and what is saved."""
+        """End a stage before the next: what it has learned is what that starts from."""
         average = self.steps[0].average
         if average is not None:
             average.hand_on()

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastppt.errors import UserError
 from fastppt.families.base import Family, PromptEmbeddings
 from fastppt.families.sampling import SamplerTable
 from fastppt.trainables.trainables import Trainables
@@ -74,9 +75,9 @@ class Sampler:
         columns = table.times, table.scales, table.keeps, table.pushes
         # [S, 4]
         self.steps = torch.stack(columns, dim=1).to(family.device, dtype)
-        self._take_step = self.take_step
+        self._captured: CapturedFunction | None = None
         if recorder is not None:
-            self._take_step = CapturedFunction(
+            self._captured = CapturedFunction(
                 self.take_step,
                 recorder,
                 written=lambda: [self.latents, self.place],
@@ -97,13 +98,27 @@ class Sampler:
 
         Returns:
             [B, H, W, 3] uint8 on the host.
+
+        Raises:
+            UserError: what was drawn is not finite: the network's dtype is too narrow for it.
         """
         noise = [_noise(self.latents.shape[1:], seed) for seed in seeds]
         self.latents.copy_(torch.stack(noise) * self._first_std)
         self.place.zero_()
+        take_step = self._captured or self.take_step
         for _ in range(self.num_steps):
-            self._take_step()
+            take_step()
+        if not self.latents.isfinite().all():
+            dtype = str(self._family.dtype).removeprefix("torch.")
+            raise UserError(
+                f"class images: the model's predictions in {dtype} are not finite, and so are no "
+                "pictures; set model.precision to another one, such as fp32"
+            )
         return self._decode()
+
+    def close(self) -> None:
+        """Let go of the captured step, and so of the memory that it works in."""
+        self._captured = None
 
     @torch.no_grad()
     def take_step(self) -> None:

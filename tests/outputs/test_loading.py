@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 import fastppt
+from fastppt.config import RunConfig
+from fastppt.config_io import render_toml
+from fastppt.doctor import run_settings
 from fastppt.errors import UserError
 from fastppt.mini import build_mini
 from fastppt.mini.sd import build_mini_sd
+from fastppt.outputs import results
+from fastppt.outputs.card_code import card_code
 from fastppt.outputs.embeddings import embedding_name
 from fastppt.outputs.files import STATE_FILE
 from fastppt.outputs.generate import generate
 from fastppt.outputs.model_card import model_card
-from fastppt.outputs.results import files_of_run, write_checkpoint_files
+from fastppt.outputs.results import check_libraries, files_of_run, write_checkpoint_files
+from fastppt.training import loop
 from tests.outputs.network_cases import KINDS, WORD, Trained, draw_stock, share_that_differs
 
 FAMILIES = ("sd", "sdxl", "sd3")
@@ -190,6 +199,59 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, photos: Path) -> Non
     run.files[0].unlink()
     with pytest.raises(UserError, match="is the run finished"):
         fastppt.load(build_mini("mini-sd"), run.folder)
+
+
+def test_weights_that_are_kept_elsewhere_are_refused(tmp_path: Path, photos: Path) -> None:
+    run = Trained(tmp_path / "out", photos, "sd", "custom_diffusion").write()
+    pipe = build_mini("mini-sd")
+    # As enable_sequential_cpu_offload leaves them: what is copied there is gone.
+    pipe.unet.to("meta")
+    with pytest.raises(UserError, match="before enable_sequential_cpu_offload"):
+        fastppt.load(pipe, run.folder)
+
+
+def test_without_peft_adapters_of_its_kind_are_refused_before_anything_is_loaded(
+    make_config: Callable[..., RunConfig], photos: Path, tmp_path: Path
+) -> None:
+    run = Trained(tmp_path / "out", photos, "sd", "oft")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.toml").write_text(render_toml(run.config))
+    pipe = build_mini("mini-sd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "find_spec", lambda name: None)
+        check_libraries(make_config())
+        new = run.config.model_copy(update={"output": tmp_path / "new"})
+        for ask in (
+            lambda: loop.train(new, Console(quiet=True)),
+            lambda: fastppt.load(pipe, tmp_path / "out"),
+        ):
+            with pytest.raises(UserError, match=r"trainables.oft: .* by the library peft"):
+                ask()
+        (finding,) = [each for each in run_settings(new) if each.what == "results"]
+        assert finding.level == "problem" and "pip install peft" in finding.text
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["svdiff", pytest.param("oft", marks=slow)])
+def test_card_of_a_model_on_disk_rounds_weights_after_shifts_are_in_them(
+    tmp_path: Path, photos: Path, kind: str
+) -> None:
+    run = Trained(tmp_path / "out", photos, "sd", kind)
+    model = run.config.model.model_copy(update={"path": "/models/sd"})
+    config = run.config.model_copy(update={"model": model})
+    code = card_code(config, run.family, None, "a photo of a \U0001f916")
+    lines = code.splitlines()
+    if kind == "svdiff":
+        start = lines.index('pipe.to("cuda")')
+        assert lines[start + 1 : start + 3] == [
+            'fastppt.load(pipe, ".")',
+            "pipe.to(torch.bfloat16)",
+        ]
+    else:
+        assert 'pipe.to("cuda", torch.bfloat16)' in lines
+    # What Python reads in it is the prompt again.
+    said = [each.value for each in ast.walk(ast.parse(code)) if isinstance(each, ast.Constant)]
+    assert "a photo of a \U0001f916" in said
 
 
 def test_pipeline_in_16_bits_keeps_its_type(tmp_path: Path, photos: Path) -> None:

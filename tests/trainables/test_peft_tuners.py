@@ -1,4 +1,4 @@
-"""The adapters are peft's: its equations in float64, its values, its files."""
+"""The adapters are peft's: its equations in float64, its values."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from fastppt.errors import UserError
-from fastppt.families.attention import Projections
 from fastppt.families.base import Family
-from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
-from fastppt.trainables.peft_files import adapter_files, dora_file, load_adapter
-from fastppt.trainables.peft_tuners import PeftAdapters, make_tuner
+from fastppt.trainables.peft_tuners import make_tuner
 from fastppt.trainables.tuners import Lokr
 from fastppt.trainables_config import (
     AdapterConfig,
@@ -30,110 +27,26 @@ from fastppt.trainables_config import (
     OftConfig,
 )
 from fastppt_kernels.testing import ForbidHostReads
+from tests.trainables.peft_cases import (
+    BUTTERFLY,
+    KINDS,
+    Small,
+    adapters_for,
+    draw_inputs,
+    prediction_of,
+    small_adapters,
+    written,
+)
 
-KINDS: dict[str, AdapterConfig] = {
-    "dora": DoraConfig(rank=3, alpha=6.0),
-    "loha": LohaConfig(rank=3, alpha=6.0),
-    "lokr": LokrConfig(rank=2, alpha=6.0),
-    "lokr, whole": LokrConfig(rank=16, decompose_factor=4),
-    "oft": OftConfig(block_size=8),
-    "oft, blocks": OftConfig(num_blocks=4, targets=["*.to_k", "*.to_out.0"]),
-    "boft": BoftConfig(block_size=4),
-}
-BUTTERFLY = BoftConfig(block_size=4, factors=3)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 all_but_oft_slow = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind == "oft" else pytest.mark.slow) for kind in KINDS]
 )
 
 
-class Small(nn.Module):
-    """Four projections, as an attention has them, and nothing between them that needs a module."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            attention = nn.Module()
-            for name in ("to_q", "to_k", "to_v"):
-                attention.add_module(name, nn.Linear(48, 64, bias=False))
-            attention.add_module("to_out", nn.ModuleList([nn.Linear(64, 48)]))
-        self.attn1 = attention
-        self.requires_grad_(False).double()
-
-    def groups(self) -> list[Projections]:
-        linears = dict(self.named_modules())
-        return [
-            Projections(names, tuple(linears[name] for name in names))
-            for names in (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn1.to_out.0",))
-        ]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        query, key, value = (self.attn1.get_submodule(f"to_{x}")(inputs) for x in "qkv")
-        return self.attn1.to_out[0](query * key.sigmoid() + value)
-
-
-def small_adapters(
-    network: Small, config: AdapterConfig, *, moved: float = 0.3, seed: int = 0
-) -> tuple[PeftAdapters, Callable[[Tensor], Tensor]]:
-    """Adapters, each value moved at random, and the network that they change."""
-    groups = network.groups()
-    dtype = torch.promote_types(groups[0].linears[0].weight.dtype, torch.float32)
-    adapters = PeftAdapters(
-        groups, config, seed=seed, device=torch.device("cpu"), dtype=dtype, key="trainables.kind"
-    )
-    move(adapters, moved)
-
-    def run(inputs: Tensor) -> Tensor:
-        query, key, value = groups[0](inputs)
-        (output,) = groups[1](query * key.sigmoid() + value)
-        return output
-
-    return adapters, run
-
-
-def move(adapters: PeftAdapters, distance: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for tensor in adapters.tensors.values():
-        tensor.add_(distance * torch.randn(tensor.shape, generator=generator))
-
-
-def adapters_for(family: Family, config: AdapterConfig, *, moved: float = 0.3) -> PeftAdapters:
-    adapters = PeftAdapters(
-        family.make_adaptable(),
-        config,
-        seed=0,
-        device=family.device,
-        dtype=torch.promote_types(family.dtype, torch.float32),
-        key="stage.0.trainables.kind",
-    )
-    move(adapters, moved)
-    return adapters
-
-
-def prediction_of(network: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-    conditions = {"text_embeds": draw(2, TEXT_WIDTH_2), "time_ids": draw(2, 6)}
-    return network(
-        draw(2, 4, 16, 16), torch.tensor([5, 900]), draw(2, 24, 128), added_cond_kwargs=conditions
-    ).sample
-
-
-def draw_inputs(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
 def loss_of(prediction: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return (prediction * torch.randn(prediction.shape, generator=generator)).sum()
-
-
-def written(folder: Path, adapters: PeftAdapters, dtype: torch.dtype = torch.float64) -> Path:
-    folder.mkdir()
-    for name, content in adapter_files(adapters, dtype, {"made": "here"}).items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 @pytest.fixture
@@ -369,57 +282,3 @@ def test_what_does_not_fit_is_refused(config: AdapterConfig, words: str | None) 
 def test_blocks_are_said_in_one_way() -> None:
     with pytest.raises(ValueError, match="say the same in two ways"):
         OftConfig(block_size=8, num_blocks=4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [*KINDS, "boft, factors"])
-def test_a_stock_network_takes_the_files(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    network = Small().to(dtype)
-    adapters, run = small_adapters(network, KINDS.get(kind, BUTTERFLY), moved=0.1)
-    folder = written(tmp_path / "out", adapters, torch.float32)
-    stock = Small().to(dtype)
-    load_adapter(stock, folder)
-    ours, theirs = run(draw_inputs(dtype)), stock(draw_inputs(dtype))
-    assert theirs.dtype == dtype
-    # Layers that are not there where adapters became part of the weights.
-    added = [value for name, value in stock.named_parameters() if ".default" in name]
-    assert all(value.dtype == torch.float32 for value in added)
-    assert bool(added) == ("boft" not in kind)
-    tolerance = 8 * torch.finfo(dtype).eps * ours.abs().max()
-    assert (ours - theirs).abs().max() <= tolerance
-
-
-def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    adapters, _ = small_adapters(Small(), KINDS["oft"])
-    folder = written(tmp_path / "out", adapters, torch.float32)
-    with pytest.raises(UserError, match=r"no linear layer attn1\..*; they were made for another"):
-        load_adapter(nn.Sequential(nn.Linear(8, 8)), folder)
-    other = Small()
-    other.attn1.to_q = nn.Linear(16, 64)
-    with pytest.raises(
-        UserError, match=r"to_q.* has the shape \(6, 28\) in the file and \(2, 28\)"
-    ):
-        load_adapter(other, folder)
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"cannot be read .*; copy them anew"):
-        load_adapter(Small(), folder)
-
-
-def test_settings_of_other_peft_adapters_are_refused(tmp_path: Path) -> None:
-    folder = written(tmp_path / "out", small_adapters(Small(), KINDS["oft"])[0], torch.float32)
-    settings = folder / "adapter_config.json"
-    settings.write_text(settings.read_text().replace('neumann": false', 'neumann": true'))
-    with pytest.raises(UserError, match=r"is none that was written here; load the folder by"):
-        load_adapter(Small(), folder)
-
-
-@pytest.mark.slow
-def test_pipeline_reads_dora_as_a_lora_file(family_float64: Family) -> None:
-    adapters = adapters_for(family_float64, KINDS["dora"])
-    pipe = build_mini_sdxl()
-    pipe.unet.double()
-    pipe.load_lora_weights(dora_file(adapters, "unet"))
-    torch.testing.assert_close(
-        prediction_of(pipe.unet), prediction_of(family_float64.network), rtol=1e-9, atol=1e-9
-    )

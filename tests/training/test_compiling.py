@@ -17,6 +17,7 @@ from fastppt.trainables.trainables import Trainables
 from fastppt.training import compiling
 from fastppt.training.compiling import check_gradients, compile_blocks, compile_network
 from fastppt.training.step import Step, accumulate_gradients, run_step
+from tests.training.class_steps import class_stage, write_class_pictures
 from tests.training.stages import WITH_BASE, are_equal, build_stage, state_of
 
 CPU = torch.device("cpu")
@@ -155,6 +156,18 @@ def test_one_wrong_gradient_is_named(
     assert "1 of 44 trained tensors differ" in message
     assert message.endswith("pass --set compile_scope=blocks")
     assert are_equal(before, state_of(stage[0][0]))
+
+
+def test_class_images_are_drawn_alike_in_both_passes_and_not_by_the_check(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    stage = class_stage(make_config, write_class_pictures(tmp_path / "robots"), "mini-sd3")
+    drawn_with = stage.step.class_generator
+    assert drawn_with is not None
+    before, generator = state_of(stage.step), drawn_with.get_state()
+    check_gradients([stage.step], stage.trainables)
+    assert are_equal(before, state_of(stage.step))
+    assert torch.equal(generator, drawn_with.get_state())
 
 
 @pytest.mark.slow

@@ -99,6 +99,25 @@ def test_values_in_16_bits_are_averaged_in_32(
     torch.testing.assert_close(average.averages["lora"], expected, rtol=0, atol=1e-6)
 
 
+def test_the_network_computes_with_what_is_shown_and_handed_on(make_config: MakeConfig) -> None:
+    """In bfloat16 that is a copy of the values."""
+    (step,), _ = build_stage(make_config, "mini-sd", **EMA, **{"model.precision": "bf16"})
+    for _ in range(2):
+        take_step(step)
+    arena, average = step.trainables.arenas["lora"], averages(step)["lora"]
+    values = arena.flat.detach().clone()
+    assert step.average is not None and arena.working_copy is not None
+    assert not torch.equal(values.bfloat16(), average.bfloat16())
+    with step.average.shown():
+        assert torch.equal(arena.flat, average)
+        assert torch.equal(arena.working_copy, average.bfloat16())
+    assert torch.equal(arena.flat, values)
+    assert torch.equal(arena.working_copy, values.bfloat16())
+    step.average.hand_on()
+    assert torch.equal(arena.flat, average)
+    assert torch.equal(arena.working_copy, average.bfloat16())
+
+
 def test_replayed_steps_average_as_eager_ones_do(make_config: MakeConfig) -> None:
     eager, _ = build_stage(make_config, "mini-sd", **EMA)
     run_stage(EagerRunner(eager), eager, 4)

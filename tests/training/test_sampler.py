@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -235,6 +238,28 @@ def test_a_single_step_can_be_captured_too() -> None:
     family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
     replayed = make_sampler(family, steps=1, batch_size=1, recorder=ReplayRecorder([]))
     assert torch.equal(replayed.draw([3]), make_sampler(family, steps=1, batch_size=1).draw([3]))
+
+
+def test_a_captured_step_is_let_go_of_with_what_it_works_in() -> None:
+    """At once: the collector of garbage may come late, and training has the memory then."""
+    family = load_family(ModelConfig(path="mini-sd3", device="cpu"))
+    recorder = ReplayRecorder([])
+    gc.disable()
+    try:
+        with closing(make_sampler(family, steps=1, recorder=recorder)) as sampler:
+            sampler.draw([3, 4])
+            assert sampler._captured is not None
+            captured = weakref.ref(sampler._captured)
+        assert captured() is None
+    finally:
+        gc.enable()
+
+
+def test_predictions_that_are_not_finite_are_no_pictures(family: Family) -> None:
+    sampler = make_sampler(family, steps=2)
+    sampler.steps[-1, -1] = torch.inf
+    with pytest.raises(UserError, match=r"in float32 are not finite.*set model.precision"):
+        sampler.draw([3, 4])
 
 
 @pytest.mark.slow

@@ -248,7 +248,7 @@ def test_rare_token_changes_one_row_and_then_the_network_alone(
 ) -> None:
     """The recipe, shorter: in the second stage the whole network, or adapters of it."""
     seen: list[dict[str, Tensor]] = []
-    build, hand_on = TrainingRun.build_steps, TrainingRun.hand_on
+    build, run_stage = TrainingRun.build_steps, TrainingRun.run_stage
 
     def note(run: TrainingRun) -> None:
         trained = {name: arena.flat.clone() for name, arena in run.trainables.arenas.items()}
@@ -261,12 +261,12 @@ def test_rare_token_changes_one_row_and_then_the_network_alone(
         build(run, index)
         note(run)
 
-    def noting_hand_on(run: TrainingRun) -> None:
-        hand_on(run)
+    def noting_run_stage(run: TrainingRun, *args: Any) -> None:
+        run_stage(run, *args)
         note(run)
 
     monkeypatch.setattr(TrainingRun, "build_steps", noting_build)
-    monkeypatch.setattr(TrainingRun, "hand_on", noting_hand_on)
+    monkeypatch.setattr(TrainingRun, "run_stage", noting_run_stage)
     settings = {
         "model.path": model,
         "model.device": "cpu",

@@ -9,14 +9,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fastppt.errors import UserError
+from fastppt.mini import build_mini
 from fastppt.training.compiling import check_gradients
 from fastppt.training.loop import train
+from fastppt.training.run import TrainingRun
 from fastppt.training.runners import EagerRunner, GraphRunner, StageRunner, make_runner
 from fastppt.training.step import accumulate_gradients, run_step
 from fastppt_kernels.testing import ForbidHostReads
 from tests.training.objective_steps import compile_blocks_by, metrics_of
 from tests.training.replay import ReplayRecorder
-from tests.training.runs import contents, resume_copy
+from tests.training.runs import contents, resume, resume_copy
 from tests.training.stages import are_equal, state_of
 from tests.training.test_graph_gpu import _repeatable  # noqa: F401
 from tests.training.weight_steps import (
@@ -182,6 +185,49 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     # The base's weights are loaded with the model.
     assert not any(name.endswith("/anchor") and "tokens" not in name for name in state)
     assert contents(resume_copy(whole.folder.root, 2, tmp_path / "resumed")) == expected
+
+
+@pytest.mark.slow
+def test_a_resumed_run_may_have_its_anchor_elsewhere(photos: Path, tmp_path: Path) -> None:
+    settings = {"output": str(tmp_path / "out"), "checkpoint_every": 2, "name": "x"}
+    stages = [stage(FULL, anchored(storage="host"), steps=3)]
+    whole = train(weights_config(photos, stages, "mini-sd3", **settings), Console(quiet=True))
+    moved = {"stage__0__objectives__anchor__storage": "device"}
+    copy = resume_copy(whole.folder.root, 2, tmp_path / "copy", **moved)
+    assert contents(copy) == contents(whole.folder.root)
+
+
+def test_a_base_that_vanishes_while_it_is_trained_takes_nothing_with_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole pipeline needs the base's other parts; the run goes on when they are back."""
+    base, away = tmp_path / "base", tmp_path / "away"
+    build_mini("mini-sd3").save_pretrained(base)
+    stages = [stage(FULL, steps=3, ema_decay=0.5)]
+
+    def run(name: str) -> Path:
+        settings = {"output": str(tmp_path / name), "name": "x"}
+        config = weights_config(photos, stages, str(base), **settings)
+        return train(config, Console(quiet=True)).folder.root
+
+    expected = contents(run("whole"))
+    go = TrainingRun.go
+
+    def vanish(each: TrainingRun) -> None:
+        go(each)
+        base.rename(away)
+
+    monkeypatch.setattr(TrainingRun, "go", vanish)
+    kept = tmp_path / "cut" / "checkpoints" / "step-000003"
+    with pytest.raises(UserError, match=rf"All is trained, and kept in {kept}; .* --resume"):
+        run("cut")
+    state = load_file(kept / "state.safetensors")
+    assert not torch.equal(state["full/values"], state["full/average"])
+    monkeypatch.undo()
+    away.rename(base)
+    assert resume(tmp_path / "cut") is not None
+    finished = contents(tmp_path / "cut")
+    assert {name: finished[name] for name in expected} == expected
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from fastppt.errors import UserError
 from fastppt.training.step import accumulate_gradients, draw, run_step, update_parameters
 from tests.training.objective_steps import load, prepared_trainables
 from tests.training.plain_step import PlainNetwork, plain_terms
-from tests.training.stages import are_equal, state_of
+from tests.training.stages import are_equal, build_stages, state_of
 from tests.training.weight_steps import (
     APT,
     DENOISING,
@@ -168,6 +168,20 @@ def test_an_anchor_of_weight_zero_is_not_even_kept(photos: Path) -> None:
     for objectives, kept in ((anchored(0.0), False), (anchored(1e-9), True)):
         _, trainables = prepare(photos, FULL, objectives, "mini-sd3")
         assert (trainables.network.pretrained is not None) == kept
+
+
+def test_a_later_stage_is_held_to_the_pretrained_weights_too(photos: Path) -> None:
+    config = weights_config(photos, [stage(FULL), stage(FULL, anchored(0.5))], "mini-sd3")
+    stages = build_stages(config)
+    (first,), trainables = next(stages)
+    pretrained = values_of(trainables)
+    first.learning_rate.fill_(1e-3)
+    run_step(first)
+    (second,), _ = next(stages)
+    moved = (values_of(trainables) - pretrained).square().sum()
+    run_step(second)
+    assert moved > 0
+    assert float(second.optimizer.penalty) == pytest.approx(0.5 * float(moved), rel=1e-4)
 
 
 RATE = 1e-5
