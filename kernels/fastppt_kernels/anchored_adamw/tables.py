@@ -58,10 +58,11 @@ def batch_table(
     codes += [(BYTE_CODE if batch.has_codes else 0,) * len(batch.params)] * 2
     codes.append(codes_of(batch.copies))
     buffers: tuple[int, ...] = ()
+    filled = 0
     if plan is not None and stream is not None:
         # A piece begins at a multiple of it.
         addresses[ANCHOR] = tuple(ALIGNMENT if a is not None else 0 for a in anchors)
-        buffers = addresses_of(stream.buffers)
+        buffers, filled = addresses_of(stream.buffers), plan.num_bytes
     scales = [
         addresses_of(given)
         for given in (batch.exp_avg_scales, batch.exp_avg_sq_scales)
@@ -77,7 +78,7 @@ def batch_table(
         more = [torch.tensor(each)[index] + start // BLOCK_SIZE * FLOAT32_BYTES for each in scales]
         return torch.cat([rows, *(column[:, None] for column in more)], dim=1)
 
-    key = ("anchored_adamw", *addresses, *codes, sizes, chunk_size, *scales, buffers)
+    key = ("anchored_adamw", *addresses, *codes, sizes, chunk_size, *scales, buffers, filled)
     return cached_table(key, build, batch.params[0].device)
 
 
