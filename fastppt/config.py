@@ -119,7 +119,7 @@ class RunConfig(Section):
     output: FilePath | None = None
     """Folder for everything that the run writes (required)."""
     name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$")] | None = None
-    """Name of the LoRA file; unset takes the name of the output folder."""
+    """Name of the LoRA file, or of the checkpoint; unset takes the name of the output folder."""
     seed: Seed = 0
     """Seed of all that is drawn; on the CPU the same seed gives the same run, bit for bit."""
     engine: Engine = "auto"

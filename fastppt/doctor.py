@@ -247,7 +247,7 @@ def run_settings(config: RunConfig) -> list[Finding]:
         found.append(checked("output", text, lambda: check_output(config, overwrite=True)))
     if config.tensorboard:
         found.append(checked("curves", "TensorBoard is there", check_tensorboard))
-    found.append(checked("results", "can be written", lambda: check_libraries(config)))
+    found.append(checked("results", "what writes them is there", lambda: check_libraries(config)))
     if config.recipe is not None and config.model.path is not None:
         try:
             family = detect_family(config.model)

@@ -51,7 +51,7 @@ Captions = Annotated[
 ClassNoun = Annotated[str | None, typer.Option(help="Everyday noun of the subject, such as dog.")]
 Token = Annotated[str | None, typer.Option(help="Rare word that comes to stand for the subject.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for everything the run writes.")]
-Name = Annotated[str | None, typer.Option(help="Name of the LoRA file.")]
+Name = Annotated[str | None, typer.Option(help="Name of the LoRA file, or of the checkpoint.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps (of a run with one stage).")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same run.")]
 Resolution = Annotated[int | None, typer.Option(help="Side of the training square in pixels.")]

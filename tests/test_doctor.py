@@ -318,7 +318,7 @@ def test_recipe_of_another_family_is_a_problem(
     assert run(path).exit_code == 0
     recipe, settings = config_io.load_recipe("ppt-lora")
     only = recipe.model_copy(update={"families": ["sd3"]})
-    monkeypatch.setattr(config_io, "load_recipe", lambda name: (only, settings))
+    monkeypatch.setattr(config_io, "load_recipe", lambda *_: (only, settings))
     result = run(path)
     assert result.exit_code == 1 and "recipe ppt-lora: is for sd3" in result.output
 
