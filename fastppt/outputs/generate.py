@@ -75,8 +75,8 @@ def generate(
         steps: Sampler steps.
         guidance_scale: Classifier-free guidance.
         resolution: Side of the pictures in pixels.
-        output: Folder for the pictures; `generated` in the run's folder, or beside the LoRA, if
-            None.
+        output: Folder for the pictures; `generated` in the run's folder (of a checkpoint, one of
+            its name in there), or beside the LoRA, if None.
         model: Keys of the `model` table that win over the run's; None leaves one to the run. The
             path is needed where no run's configuration names it.
         embedding: File of a learned word; None looks beside the LoRA for that of its own.
@@ -109,7 +109,7 @@ def generate(
     side = resolve_resolution(resolution or trained_at, family)
     first = samples.seed if seed is None else seed
     seeds = range(first, first + count)
-    pictures = output or folder / "generated"
+    pictures = output or _place_of_pictures(folder)
     paths = [pictures / f"{_stem(prompt)}-{number}.png" for number in seeds]
     unread = family.truncated_text(prompt)
     if unread is not None:
@@ -294,6 +294,14 @@ def install_word(family: Family, path: Path, prompt: str) -> LearnedTokens:
         raise UserError(f"embedding {path}: its word {word!r} cannot be one ({error})") from None
     tokens.load(embedding.rows)
     return tokens
+
+
+def _place_of_pictures(folder: Path) -> Path:
+    """Return where pictures go; not into a checkpoint, which a run deletes when its time comes."""
+    run = folder.absolute().parent.parent
+    if folder.absolute().parent.name == "checkpoints" and (run / CONFIG_FILE).is_file():
+        return run / "generated" / folder.name
+    return folder / "generated"
 
 
 def _stem(prompt: str) -> str:

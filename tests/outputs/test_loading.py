@@ -88,7 +88,10 @@ def drawn_by_generate(run: Trained, folder: Path) -> float:
         output=None,
         model={"device": "cpu"},
     )
-    assert path.parent == folder / "generated"
+    # Not in a checkpoint: that is deleted when its time comes.
+    in_checkpoint = folder.parent.name == "checkpoints"
+    place = folder.parents[1] / "generated" / folder.name if in_checkpoint else folder / "generated"
+    assert path.parent == place
     return share_that_differs(np.asarray(Image.open(path), dtype=np.int16), run.draw())
 
 
