@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.interleave import Timing, interleave, stopwatch_of
 from fastppt.families.base import PromptEmbeddings
-from fastppt.training.step import Batch, Step, base_pass, draw, make_batch
+from fastppt.training.batch import Batch, draw, make_batch
+from fastppt.training.step import Step, base_pass
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastppt.families.base import PromptEmbeddings
 from fastppt.trainables.lora import LoraPair
-from fastppt.training.step import Draws
+from fastppt.training.batch import Draws
 
 # The scripts' defaults, beside torch's own for AdamW.
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-4, 1.0

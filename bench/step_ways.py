@@ -23,6 +23,7 @@ from fastppt.families.loading import make_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.mini import build_mini
 from fastppt.objectives.denoising import denoising_losses
+from fastppt.training.batch import Draws, draw, make_batch
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.engine import prepare_engine
@@ -32,7 +33,7 @@ from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.runners import make_runner
 from fastppt.training.stage import build_steps, learning_rates
-from fastppt.training.step import Draws, accumulate_gradients, draw, make_batch
+from fastppt.training.step import accumulate_gradients
 
 MODELS = (*MINI_MODELS, *FULL_MODELS)
 

@@ -1,4 +1,4 @@
-"""Single-file checkpoints of the mini models, in the layout that full-size ones are published in."""
+"""Single-file checkpoints of the mini models, in the layout of published full-size ones."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastppt.config import RunConfig
 from fastppt.families.loading import load_family
 from fastppt.objectives.prior_preservation import join_halves, mean_of_halves
+from fastppt.training.batch import Draws, draw
 from fastppt.training.metric_names import loss_names
-from fastppt.training.step import Draws, accumulate_gradients, draw, run_step
+from fastppt.training.step import accumulate_gradients, run_step
 from tests.training.class_steps import PRIOR, class_stage, write_class_pictures
 from tests.training.plain_step import PlainNetwork
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastppt.families.base import Family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.batch import draw
 from fastppt.training.metric_names import loss_names
-from fastppt.training.step import Step, accumulate_gradients, draw
+from fastppt.training.step import Step, accumulate_gradients
 from tests.training.plain_step import PlainNetwork
 
 

@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fastppt.families.base import Family
-from fastppt.training.step import Draws, Step
+from fastppt.training.batch import Draws
+from fastppt.training.step import Step
 from tests.training.plain_text import PlainText
 
 # For each mini model: whose features and whose attention maps are held by default.

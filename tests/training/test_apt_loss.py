@@ -13,8 +13,9 @@ from fastppt.config import RunConfig
 from fastppt.families.names import MINI_MODELS
 from fastppt.trainables.arena import ParameterArena
 from fastppt.trainables.trainables import Trainables
+from fastppt.training.batch import draw
 from fastppt.training.metric_names import loss_names
-from fastppt.training.step import accumulate_gradients, draw
+from fastppt.training.step import accumulate_gradients
 from tests.training.objective_steps import OBJECTIVES, load, prepared_trainables
 from tests.training.plain_step import PlainNetwork, plain_terms
 from tests.training.plain_text import PlainText

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastppt.config import RunConfig
 from fastppt.config_io import build_config
 from fastppt.trainables.trainables import Trainables
+from fastppt.training.batch import choose_views, draw, make_batch
 from fastppt.training.metric_names import loss_names
-from fastppt.training.step import accumulate_gradients, choose_views, draw, make_batch, run_step
+from fastppt.training.step import accumulate_gradients, run_step
 from tests.training.objective_steps import (
     OBJECTIVES,
     ONE_FAST,

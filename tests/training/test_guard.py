@@ -12,16 +12,11 @@ from torch import Tensor
 
 from fastppt.config import RunConfig
 from fastppt.config_types import Engine
+from fastppt.training.batch import draw
 from fastppt.training.guard import NonFiniteGuard
 from fastppt.training.runners import EagerRunner, GraphRunner, StageRunner, make_runner
 from fastppt.training.snapshot import named_tensors
-from fastppt.training.step import (
-    Step,
-    accumulate_gradients,
-    draw,
-    run_step,
-    update_parameters,
-)
+from fastppt.training.step import Step, accumulate_gradients, run_step, update_parameters
 from fastppt_kernels.testing import ForbidHostReads
 from tests.training.replay import ReplayRecorder
 from tests.training.stages import WITH_BASE, are_equal, build_stage

@@ -22,6 +22,7 @@ from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.objectives.feature_alignment import FeatureAlignment
 from fastppt.stage_config import DenoisingConfig, ObjectivesConfig
+from fastppt.training.batch import Draws, draw, make_batch
 from fastppt.training.build import build_trainables
 from fastppt.training.compiling import _allow_variants
 from fastppt.training.encoding import encode
@@ -31,13 +32,10 @@ from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.stage import build_steps, layers_to_align
 from fastppt.training.step import (
-    Draws,
     accumulate_gradients,
     base_pass,
     compared_with_base,
-    draw,
     loss_terms,
-    make_batch,
     run_step,
 )
 from tests.training.objective_steps import (

@@ -17,17 +17,11 @@ from fastppt.families.loading import load_family
 from fastppt.trainables.peft_files import adapter_files, load_adapter
 from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables.trainables import Trainables
+from fastppt.training.batch import draw, make_batch
 from fastppt.training.compiling import check_gradients, compile_blocks
 from fastppt.training.loop import train
 from fastppt.training.runners import EagerRunner, GraphRunner, make_runner
-from fastppt.training.step import (
-    Step,
-    accumulate_gradients,
-    base_pass,
-    draw,
-    make_batch,
-    run_step,
-)
+from fastppt.training.step import Step, accumulate_gradients, base_pass, run_step
 from tests.training.replay import ReplayRecorder
 from tests.training.runs import contents, resume_copy
 from tests.training.stages import are_equal, build_stages, run_stage, state_of

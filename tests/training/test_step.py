@@ -15,6 +15,7 @@ from fastppt.data.photos import find_photos
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.batch import draw
 from fastppt.training.build import build_trainables
 from fastppt.training.encoding import encode
 from fastppt.training.loop import resolve
@@ -23,7 +24,7 @@ from fastppt.training.ring import MetricRing
 from fastppt.training.run import new_generator
 from fastppt.training.schedule import learning_rate_factor
 from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, draw, run_step
+from fastppt.training.step import Step, run_step
 from fastppt_kernels.testing import ForbidHostReads
 
 MakeConfig = Callable[..., RunConfig]

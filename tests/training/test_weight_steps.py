@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastppt.errors import UserError
-from fastppt.training.step import accumulate_gradients, draw, run_step, update_parameters
+from fastppt.training.batch import draw
+from fastppt.training.step import accumulate_gradients, run_step, update_parameters
 from tests.training.objective_steps import load, prepared_trainables
 from tests.training.plain_step import PlainNetwork, plain_terms
 from tests.training.stages import are_equal, build_stages, state_of

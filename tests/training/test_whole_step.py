@@ -12,16 +12,9 @@ from torch import Tensor
 from fastppt.config import RunConfig
 from fastppt.families.names import MINI_MODELS
 from fastppt.trainables.lora import LoraAdapters
+from fastppt.training.batch import choose_views, draw, make_batch
 from fastppt.training.metric_names import METRICS, loss_names
-from fastppt.training.step import (
-    accumulate_gradients,
-    base_pass,
-    choose_views,
-    draw,
-    make_batch,
-    needs_base_pass,
-    run_step,
-)
+from fastppt.training.step import accumulate_gradients, base_pass, needs_base_pass, run_step
 from fastppt_kernels.testing import ForbidHostReads
 from tests.training.objective_steps import (
     APT,
