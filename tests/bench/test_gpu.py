@@ -188,6 +188,7 @@ def gpu_tests_in(monkeypatch, tmp_path):
 MARK = "@pytest.mark.gpu\n"
 
 
+@pytest.mark.slow
 def test_without_the_trainer_only_the_kernels_are_tested(gpu_tests_in):
     tests = gpu_tests_in(f"{MARK}def test_a(): pass\n\ndef test_b(): assert False\n")
     assert tests["stop"] is None, tests["output"]
@@ -198,7 +199,9 @@ def test_without_the_trainer_only_the_kernels_are_tested(gpu_tests_in):
     ("body", "why"),
     [
         (f"{MARK}def test_a(): pass\n\n{MARK}def test_b(): assert False\n", "red"),
-        (f"{MARK}def test_a(): pytest.skip()\n", "no gpu test passed"),
+        pytest.param(
+            f"{MARK}def test_a(): pytest.skip()\n", "no gpu test passed", marks=pytest.mark.slow
+        ),
         pytest.param("def test_a(): pass\n", "no gpu test passed", marks=pytest.mark.slow),
         pytest.param("import no_such_module\n", "red", marks=pytest.mark.slow),
     ],
@@ -265,6 +268,7 @@ def test_without_the_trainer_there_are_no_steps_and_that_is_said(monkeypatch, ca
     assert "steps and adapters are not measured" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_steps_are_measured_among_the_rest_and_given_up_after_their_own_time(
     monkeypatch, small_workloads, tmp_path
 ):

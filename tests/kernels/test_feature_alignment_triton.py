@@ -48,7 +48,13 @@ def _poisoned_scratch():
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_the_kernels_pass_in_the_interpreter():
-    run_in_interpreter(__file__)
+    run_in_interpreter(__file__, "not gpu and not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+def test_the_kernels_pass_the_slow_tests_in_the_interpreter():
+    run_in_interpreter(__file__, "not gpu and slow")
 
 
 def channels_last(values):
@@ -383,6 +389,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
 def test_a_planted_fault_turns_the_comparison_red(device, monkeypatch, tmp_path, faults):
     from fastppt_kernels.feature_alignment import triton_kernel

@@ -110,6 +110,7 @@ def test_square_photos_train_the_same_with_and_without_buckets(
     assert equal(with_buckets, without)
 
 
+@pytest.mark.slow
 def test_the_bucket_is_a_function_of_seed_and_step_number(
     make_config: MakeConfig, mixed_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -366,7 +366,7 @@ def test_the_card_counts_the_seconds_of_captures(
 ) -> None:
     told: list[float] = []
 
-    def model_card(*given: Any) -> str:
+    def model_card(*given: Any, **_: Any) -> str:
         told.append(given[-1])
         return ""
 

@@ -212,7 +212,7 @@ def effective_drift(folder: Path) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-@pytest.mark.parametrize("form", ["raw", "decoupled"])
+@pytest.mark.parametrize("form", ["raw", pytest.param("decoupled", marks=pytest.mark.slow)])
 def test_every_form_of_the_anchor_holds(make_config: MakeConfig, tmp_path: Path, form: str) -> None:
     drifts = []
     for weight in (0.0, 1e2):

@@ -128,6 +128,7 @@ def test_anchors_count_where_they_are_kept(
     assert lasting["anchors"] == (lasting["trained values"] if anchored else 0)
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_network_and_costs_a_copy_of_the_adapters(
     make_config: MakeConfig,
 ) -> None:
@@ -139,6 +140,7 @@ def test_half_precision_halves_the_network_and_costs_a_copy_of_the_adapters(
     assert narrow.kept < 0.7 * wide.kept
 
 
+@pytest.mark.slow
 def test_a_larger_batch_and_picture_take_more_and_checkpointing_takes_less(
     make_config: MakeConfig,
 ) -> None:
@@ -282,7 +284,7 @@ KINDS = [
     kind("full-up", {"full": {"targets": ["up_blocks.*"]}}, WEIGHTS_APT),
     kind("full-checkpointed", {"full": {}}, gradient_checkpointing=True),
     kind("custom_diffusion", {"custom_diffusion": {}, "tokens": {}}),
-    kind("svdiff", {"svdiff": {}}, fast=True),
+    kind("svdiff", {"svdiff": {}}),
     kind("svdiff-bf16", {"svdiff": {}}, WEIGHTS_APT, **BF16),
     *(kind(name, {name: {}}) for name in ("dora", "loha", "lokr", "boft")),
     kind("oft", {"oft": {"block_size": 16}}),
@@ -343,6 +345,7 @@ def test_anchors_of_a_gpu_that_lie_in_host_memory_are_counted_there(photos: Path
     assert all(there.lasting[name] == here.lasting[name] for name in same)
 
 
+@pytest.mark.slow
 def test_class_images_take_what_is_predicted(make_config: MakeConfig, tmp_path: Path) -> None:
     prior = {"batch_size": 2, "num_images": 2, "steps": 1, "cache": str(tmp_path)}
     objective = {f"stage.0.objectives.prior_preservation.{k}": v for k, v in prior.items()}

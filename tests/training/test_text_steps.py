@@ -264,6 +264,7 @@ def test_a_class_prompt_that_says_the_new_word_is_refused(
         encode_prompt_bank(family, config.prompts, find_photos(photos)[:1], crops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ONE_FAST)
 def test_what_text_takes_is_what_is_predicted(make_config: MakeConfig, model: str) -> None:
     settings = {**WITH_BASE, "model.path": model, "stage.0.batch_size": 2, "engine": "eager"}
