@@ -131,6 +131,8 @@ def test_a_signal_while_class_images_are_drawn_keeps_those_that_are_finished(
 
     def before() -> None:
         Sampler.draw = signalled
+        # What started the tests may have it ignored, as a shell has of what runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     settings = [word for key, value in drawn.items() for word in ("--set", f"{key}={value}")]
     command = ["train", "--recipe", "lora", "--photos", str(photos), "--class-noun", "robot"]
