@@ -21,7 +21,12 @@ NUM_PROCESSES = 4
 
 
 def run_gpu_tests(seconds: float) -> Row:
-    """Run the gpu-marked tests; ``stop`` says why nothing should be measured, or is None."""
+    """Run the gpu-marked tests.
+
+    Returns:
+        Their counts; `stop`, why nothing should be measured, or None; and `notes`, the numbers that
+        tests have noted, red ones too.
+    """
     whole = all(importlib.util.find_spec(name) for name in TRAINER_NEEDS)
     folder = "tests" if whole else "tests/kernels"
     # Without the trainer's packages the conftest.py above the folder cannot be imported.
@@ -31,11 +36,12 @@ def run_gpu_tests(seconds: float) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         counts_file = Path(scratch) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={counts_file}", *cut, folder]
+        # The form that has a place for what tests note.
+        command += [f"--junitxml={counts_file}", "-o", "junit_family=xunit1", *cut, folder]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(NUM_PROCESSES), "--dist", "load"]
         code, output = run_within(command, seconds, environment)
-        counts = count_tests(counts_file)
+        counts, notes = count_tests(counts_file), list_notes(counts_file)
     if code is None:
         stop = f"the gpu tests took more than {seconds:.0f} s"
     elif code not in (0, 5) or counts["failed"]:
@@ -45,7 +51,8 @@ def run_gpu_tests(seconds: float) -> Row:
             None if counts["passed"] else "no gpu test passed, so none says that the ops are right"
         )
     seconds_taken = time.monotonic() - start
-    return counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
+    found = counts | {"folder": folder, "seconds": seconds_taken, "output": output, "stop": stop}
+    return found | {"notes": notes}
 
 
 def run_within(
@@ -86,3 +93,15 @@ def count_tests(path: Path) -> dict[str, int]:
         counts["skipped"] += skipped
         counts["passed"] += int(suite.get("tests", 0)) - failed - skipped
     return counts
+
+
+def list_notes(path: Path) -> list[Row]:
+    """Return the numbers that tests of a JUnit file noted by `record_property`, a row a test."""
+    rows: list[Row] = []
+    if path.is_file():
+        for case in ElementTree.parse(path).getroot().iter("testcase"):
+            noted = {str(each.get("name")): each.get("value") for each in case.iter("property")}
+            if noted:
+                numbers = {name: float(value or "nan") for name, value in noted.items()}
+                rows.append({"test": case.get("name"), **numbers})
+    return rows

@@ -11,69 +11,37 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.networks import FAMILY_OF, FullModel, build_pipeline
-from fastppt.config import ModelConfig, RunConfig
-from fastppt.data.photos import find_photos
+from bench.networks import FullModel
+from fastppt.config import RunConfig
 from fastppt.errors import UserError
-from fastppt.families.base import Family
-from fastppt.families.loading import load_family, make_family, outline_family
+from fastppt.families.loading import load_family, outline_family
 from fastppt.families.names import MINI_MODELS
 from fastppt.training.build import build_trainables
 from fastppt.training.class_images import find_class_images
-from fastppt.training.encoding import encode, encode_class_sets
 from fastppt.training.live_bytes import LiveBytes
 from fastppt.training.loop import resolve
 from fastppt.training.memory import MemoryPlan, plan_memory
-from fastppt.training.metric_names import metric_names
-from fastppt.training.ring import MetricRing
-from fastppt.training.run import new_generator
-from fastppt.training.stage import build_steps
-from fastppt.training.step import Step, accumulate_gradients
+from fastppt.training.step import accumulate_gradients
+from tests.training.memory_steps import (
+    APT,
+    DCO,
+    EIGHT_BIT,
+    HOST,
+    RAW,
+    build_full_size,
+    prepared,
+)
 from tests.training.weight_steps import APT as WEIGHTS_APT
 from tests.training.weight_steps import weights_config
 
 MakeConfig = Callable[..., RunConfig]
-CPU, META = torch.device("cpu"), torch.device("meta")
-
-APT = {
-    "stage.0.objectives.denoising.weighting": "adaptive",
-    "stage.0.objectives.feature_alignment.weight": 30.0,
-    "stage.0.objectives.attention_alignment.weight": 3e-4,
-}
-"""All objectives of Adaptive Personalized Training."""
+CPU = torch.device("cpu")
 
 
 def planned(config: RunConfig, dtype: torch.dtype = torch.float32) -> MemoryPlan:
     family = outline_family(config.model, dtype)
     assert family is not None
     return plan_memory(config.model_copy(update={"engine": "eager"}), family)
-
-
-def prepared(config: RunConfig, family: Family | None = None) -> Step:
-    """A step with all that it needs; on the CPU, unless a family is given."""
-    family = load_family(config.model) if family is None else family
-    config = resolve(config, family)
-    trainables = build_trainables(config, family)
-    if config.gradient_checkpointing:
-        family.checkpoint_blocks()
-    quiet = Console(quiet=True)
-    images = find_class_images(config, family, trainables, "", quiet, None)
-    (class_set,) = encode_class_sets(config, family, images).values() or (None,)
-    buckets, _sheet = encode(config, family, find_photos(config.photos.folder), quiet)
-    ring = MetricRing(metric_names(config.stage), config.log_every, family.device)
-    generators = [new_generator(config, family), new_generator(config, family)]
-    (step,) = build_steps(
-        config,
-        config.stage[0],
-        family,
-        trainables,
-        buckets,
-        ring,
-        generators[0],
-        class_set,
-        generators[1],
-    )
-    return step
 
 
 @pytest.mark.parametrize("model", MINI_MODELS)
@@ -180,10 +148,7 @@ def full_size_plan(name: FullModel, make_config: MakeConfig, **settings: Any) ->
     """The plan of a published model in full size, rank 32, batch 1, five photos, in bf16."""
     size = {"stage.0.trainables.lora.rank": 32, "engine": "eager", "samples.enabled": True}
     config = make_config(**size, **settings)
-    pipeline = build_pipeline(name, "meta", torch.bfloat16)
-    model = ModelConfig(path="owner/name")
-    family = make_family(FAMILY_OF[name], pipeline, model, META, torch.bfloat16)
-    return plan_memory(config, family)
+    return plan_memory(config, build_full_size(name, "meta"))
 
 
 @pytest.mark.slow
@@ -220,29 +185,6 @@ def test_sdxl_in_full_size_adds_up(make_config: MakeConfig) -> None:
     assert apt.peaks["train"] <= 1.05 * plain.peaks["train"]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("objectives", [{}, APT], ids=["plain", "apt"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-def test_a_gpu_takes_what_is_predicted_and_little_more(
-    make_config: MakeConfig, objectives: dict[str, Any], checkpointing: bool
-) -> None:
-    settings = {"gradient_checkpointing": checkpointing, "photos.views": 2, **objectives}
-    predicted = full_size_plan("sdxl", make_config, **settings).peaks["train"]
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    pipeline = build_pipeline("sdxl", "cuda", torch.bfloat16)
-    model = ModelConfig(path="owner/name")
-    family = make_family("sdxl", pipeline, model, torch.device("cuda"), torch.bfloat16)
-    del pipeline
-    rank = {"stage.0.trainables.lora.rank": 32, "engine": "eager"}
-    step = prepared(make_config(**rank, **settings), family)
-    torch.cuda.reset_peak_memory_stats()
-    accumulate_gradients(step)
-    taken = torch.cuda.max_memory_allocated() - before
-    # More, by what cuBLAS and cuDNN work in and by the allocator's rounding.
-    assert 0.95 * predicted <= taken <= 1.15 * predicted
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd3-medium"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -255,11 +197,7 @@ def test_apt_takes_five_per_cent_more_at_most(
     assert plain.peaks["train"] < apt.peaks["train"] <= 1.05 * plain.peaks["train"]
 
 
-RAW = {"denoising": {}, "anchor": {"weight": 0.1, "form": "raw"}}
-HOST = {"denoising": {}, "anchor": {"weight": 0.1, "form": "raw", "storage": "host"}}
-DCO = {"direct_consistency": {}}
 BF16 = {"model.precision": "bf16"}
-EIGHT_BIT = {"optimizer": {"moments": "8bit"}}
 
 
 def kind(
@@ -379,9 +317,7 @@ def test_a_24_gb_card_has_room_for_all_weights_of_sdxl(photos: Path) -> None:
     config = weights_config(
         photos, [{"steps": 6, **of_stage}], "owner/name", **settings, model__device="cuda"
     )
-    pipeline = build_pipeline("sdxl", "meta", torch.bfloat16)
-    model = ModelConfig(path="owner/name")
-    plan = plan_memory(config, make_family("sdxl", pipeline, model, META, torch.bfloat16))
+    plan = plan_memory(config, build_full_size("sdxl", "meta"))
     num_weights = 2_567_463_684
     counted = {
         "trained values": 2 * num_weights,
