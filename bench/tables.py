@@ -2,17 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import ROOT
 from bench.gpu import MAIN_WORKLOAD, list_targets
 from bench.option_tables import options_table
+from bench.preservation_tables import following_table, preservation_table
 from bench.rows import Row, find_row
 from bench.step_rows import list_gpu_targets
 from bench.step_tables import cpu_step_table, gpu_step_table
+from bench.toy2d_tables import toy2d_table
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
 CPU_WAYS = {
     "anchor_penalty_": "`anchor_penalty_`",
@@ -35,12 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args(arguments)
     text = options.readme.read_text()
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise SystemExit(f"{options.readme}: want one line {START} and, below it, one {END}")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    tables = write_tables(options.results)
-    options.readme.write_text(f"{before}{START}\n{tables}\n{END}{after}")
+    for name, write in BLOCKS.items():
+        start, end = markers(name)
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise SystemExit(f"{options.readme}: want one line {start} and, below it, one {end}")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{write(options.results)}\n{end}{rest.partition(end)[2]}"
+    options.readme.write_text(text)
+
+
+def markers(name: str) -> tuple[str, str]:
+    """Return the lines of the README that a block of tables stands between."""
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
 
 
 def write_tables(results: Path) -> str:
@@ -60,6 +67,30 @@ def write_tables(results: Path) -> str:
     reports = [_latest(paths) for _, paths in sorted(by_gpu.items())]
     parts += [_gpu_table(report) for report in reports or [None]]
     return "\n\n".join(parts)
+
+
+def write_toy2d_table(results: Path) -> str:
+    report = _latest(results.glob("cpu-toy2d-*.json"))
+    return toy2d_table(report, _machine(report))
+
+
+def write_preservation_table(results: Path) -> str:
+    following = _latest(results.glob("cpu-prompt-following-*.json"))
+    report = _latest(results.glob("cpu-preservation-*.json"))
+    return "\n\n".join(
+        [
+            following_table(following, _machine(following)),
+            preservation_table(report, _machine(report)),
+        ]
+    )
+
+
+# What is written where.
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "bench": write_tables,
+    "toy2d": write_toy2d_table,
+    "preservation": write_preservation_table,
+}
 
 
 def _latest(paths) -> Row | None:

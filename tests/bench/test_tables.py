@@ -62,7 +62,8 @@ GPU = {
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"# it\n\n{tables.START}\nold\n{tables.END}\n\nafter\n")
+    blocks = ["{}\nold\n{}\n".format(*tables.markers(name)) for name in tables.BLOCKS]
+    path.write_text("\n".join(["# it\n", *blocks, "after\n"]))
     return path
 
 
@@ -79,7 +80,7 @@ def test_without_results_everything_is_not_measured(readme):
     text = write(readme)
     assert text.startswith("# it\n") and text.endswith("\n\nafter\n")
     assert "old" not in text
-    assert text.count("not measured yet") == 5
+    assert text.count("not measured yet") == 8
     assert "| `anchor_penalty_` | not measured | not measured | not measured |" in text
     assert "share of the copy bandwidth | 0.8 | not measured |" in text
 
@@ -169,7 +170,9 @@ def test_written_again_it_is_the_same(readme):
 
 def test_a_readme_without_the_markers_is_left_as_it_is(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"{tables.END}\n{tables.START}\n")
-    with pytest.raises(SystemExit, match="want one line"):
+    start, end = tables.markers("toy2d")
+    path.write_text("{}\n{}\n".format(*tables.markers("bench")) + f"{end}\n{start}\n")
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="want one line <!-- toy2d:start -->"):
         tables.main(["--readme", str(path), "--results", str(tmp_path)])
-    assert path.read_text() == f"{tables.END}\n{tables.START}\n"
+    assert path.read_text() == before
