@@ -33,7 +33,7 @@ from bench.suites import list_workload
 from bench.ways import Call
 from fastppt.config import ModelConfig
 from fastppt.families.loading import load_family
-from fastppt.mini.sdxl import TEXT_WIDTH_2
+from fastppt.mini.sdxl import LATENT_CHANNELS, TEXT_WIDTH_2
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables_config import LoraConfig
 from fastppt_kernels.testing import worst_error
@@ -96,7 +96,8 @@ def network_pass(unet: nn.Module, zero_grads: Call, seed: int = 0) -> Call:
     """Return a forward and backward pass from a drawn gradient; a call returns the prediction."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator)
-    latents, tokens, upstream = draw(1, 4, 16, 16), draw(1, 24, 128), draw(1, 4, 16, 16)
+    shape = (1, LATENT_CHANNELS, 16, 16)
+    latents, tokens, upstream = draw(shape), draw(1, 24, 128), draw(shape)
     conditions = {"text_embeds": draw(1, TEXT_WIDTH_2), "time_ids": draw(1, 6)}
 
     def call() -> Tensor:

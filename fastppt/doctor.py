@@ -195,9 +195,10 @@ def attention(chosen: str, device: torch.device, dtype: torch.dtype) -> list[Fin
 
 def mini_models() -> Finding:
     """Return the names of the embedded models."""
-    from fastppt.families.names import MINI_MODELS
+    from fastppt.families.names import MINI_MODELS, WORLD_MODEL
 
-    return Finding("ok", "embedded", f"{', '.join(MINI_MODELS)} (small, of random weights)")
+    others = " and ".join(name for name in MINI_MODELS if name != WORLD_MODEL)
+    return Finding("ok", "embedded", f"{WORLD_MODEL} (trained), {others} (of random weights)")
 
 
 def model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Finding]:

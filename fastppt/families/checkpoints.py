@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,7 @@ LORA_KEY = re.compile(r"\.lora_(down|up|A|B)\.|\.lora\.(down|up)\.|\.hada_w\d|\.
 # Keys of single-file checkpoints, as their authors published them.
 NETWORK = "model.diffusion_model."
 FIRST_CONVOLUTION = f"{NETWORK}input_blocks.0.0.weight"
+LAST_CONVOLUTION = f"{NETWORK}out.2.weight"
 FIRST_CROSS_ATTENTION = f"{NETWORK}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 ADDED_CONDITIONS = f"{NETWORK}label_emb.0.0.weight"
 JOINT_BLOCK = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
@@ -107,11 +109,13 @@ def family_of_checkpoint(file: Path) -> str:
         return "sd3"
     if FIRST_CONVOLUTION not in shapes:
         raise UserError(f"model {file}: {_what_else(shapes)}")
-    num_channels = shapes[FIRST_CONVOLUTION][1]
-    if num_channels != 4:
+    if LAST_CONVOLUTION not in shapes:
+        raise UserError(f"model {file}: lacks {LAST_CONVOLUTION}; is it complete?")
+    num_read, num_written = shapes[FIRST_CONVOLUTION][1], shapes[LAST_CONVOLUTION][0]
+    if num_read != num_written:
         raise UserError(
-            f"model {file}: its network reads {num_channels} channels, as for inpainting or "
-            "editing; fastppt trains text-to-image models, which read 4"
+            f"model {file}: its network reads {num_read} channels and writes {num_written}, as for "
+            "inpainting or editing; fastppt trains text-to-image models, which read what they write"
         )
     if EDM_MARK in shapes:
         raise UserError(f"model {file}: is trained by EDM (key {EDM_MARK}), not by DDPM")
@@ -299,6 +303,24 @@ def without_cast_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_of_use)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing a bar of their own for each part of a model."""
+    # Not above: checks of files do without the libraries, which take seconds to import.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,8 @@ PIPELINES: dict[str, tuple[str, ...]] = {
 FAMILY_NAMES = tuple(PIPELINES)
 # Each embedded model, and its family.
 MINI_MODELS: dict[str, str] = {"mini-sd": "sd", "mini-sdxl": "sdxl", "mini-sd3": "sd3"}
+# The one of them that is trained: on the mini world, whose judge can read its pictures alone.
+WORLD_MODEL = "mini-sdxl"
 
 # The components of its pipeline that a family uses; all others are left out when it is loaded.
 COMPONENTS: dict[str, tuple[str, ...]] = {

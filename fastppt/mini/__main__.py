@@ -5,50 +5,73 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from safetensors import SafetensorError
 
+from fastppt.errors import UserError
+from fastppt.families.names import WORLD_MODEL
 from fastppt.mini import MiniModel, build_mini
-from fastppt.mini.photos import draw_demo_photos
+from fastppt.mini.photos import DEMO_NOUN, DEMO_SEED, draw_subject_photos
+from fastppt.mini.world import random_subject
 
 app = typer.Typer(help="The embedded small models and their demo photos.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; made if missing.")]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="File to write; ends in .safetensors.")]
 Model = Annotated[MiniModel, typer.Option(help="Which of the mini models.")]
+Noun = Annotated[str, typer.Option(help="What the subject is: a robot, a cat, a chair ...")]
+SubjectSeed = Annotated[int, typer.Option(min=0, help="Another number is another subject.")]
+Count = Annotated[int, typer.Option(min=1, help="How many photos.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")]
+WeightSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Of random weights. Without it mini-sdxl has its trained ones, the others seed 0.",
+    ),
+]
 
 
 @app.command()
-def photos(directory: Directory, seed: Seed = 0) -> None:
-    """Draw five photos of one subject, a toy robot, into DIR."""
+def photos(
+    directory: Directory,
+    noun: Noun = DEMO_NOUN,
+    subject: SubjectSeed = DEMO_SEED,
+    count: Count = 5,
+    seed: Seed = 0,
+) -> None:
+    """Draw photos of one subject of the mini world into DIR: a toy robot, or another."""
     _refuse_file(directory, "photos")
-    paths = draw_demo_photos(directory, seed)
-    typer.echo(f"photos: wrote {len(paths)} images to {directory} ({paths[0].name} ...)")
+    try:
+        shown = random_subject(subject, noun)
+    except ValueError as error:
+        _refuse(f"photos: --noun: {error}")
+    with _refused_when_unwritable(directory, "photos"):
+        paths = draw_subject_photos(directory, shown, count, seed)
+    images = "1 image" if count == 1 else f"{count} images"
+    typer.echo(f"photos: wrote {images} to {directory} ({paths[0].name} ...)")
 
 
 @app.command()
-def export(directory: Directory, model: Model = "mini-sdxl", seed: Seed = 0) -> None:
-    """Save a mini model of random weights into DIR, as a diffusers folder of safetensors."""
+def export(directory: Directory, model: Model = "mini-sdxl", seed: WeightSeed = None) -> None:
+    """Save a mini model into DIR, as a diffusers folder of safetensors."""
     _refuse_file(directory, "export")
     if directory.is_dir() and any(directory.iterdir()):
         _refuse(f"export: {directory} is not empty. Give a new or an empty folder.")
-    # Here and not above: transformers takes seconds to import, and the photos do not need it.
-    from transformers.utils.logging import disable_progress_bar
+    # Here and not above: torch takes seconds to import, and the photos do not need it.
+    from fastppt.families.checkpoints import without_bars
 
-    disable_progress_bar()
-    pipeline = build_mini(model, seed)
-
-    with _refused_when_unwritable(directory, "export"):
+    pipeline = _build(model, seed, "export")
+    with _refused_when_unwritable(directory, "export"), without_bars():
         _fill_folder(directory, pipeline.save_pretrained)
     typer.echo(f"export: wrote {_describe(pipeline, model, seed)} to {directory}")
 
 
 @app.command()
-def checkpoint(file: File, model: Model = "mini-sdxl", seed: Seed = 0) -> None:
-    """Save a mini model of random weights as one file in the layout of published checkpoints."""
+def checkpoint(file: File, model: Model = "mini-sdxl", seed: WeightSeed = None) -> None:
+    """Save a mini model as one file in the layout of published checkpoints."""
     _refuse_file(file.parent, "checkpoint")
     if file.suffix != ".safetensors":
         _refuse(f"checkpoint: {file} does not end in .safetensors. Give another name.")
@@ -58,19 +81,28 @@ def checkpoint(file: File, model: Model = "mini-sdxl", seed: Seed = 0) -> None:
 
     from fastppt.mini.single_file import original_state
 
-    pipeline = build_mini(model, seed)
+    pipeline = _build(model, seed, "checkpoint")
     content = save(original_state(pipeline), metadata={"format": "pt"})
     with _refused_when_unwritable(file, "checkpoint"):
         _write_file(file, content)
     typer.echo(f"checkpoint: wrote {_describe(pipeline, model, seed)} to {file}")
 
 
-def _describe(pipeline: Any, model: str, seed: int) -> str:
+def _build(model: str, seed: int | None, command: str) -> Any:
+    try:
+        return build_mini(model, seed)
+    except UserError as error:
+        _refuse(f"{command}: {error}")
+
+
+def _describe(pipeline: Any, model: str, seed: int | None) -> str:
     from torch import nn
 
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     num_parameters = sum(weight.numel() for net in networks for weight in net.parameters())
-    return f"{model} of {num_parameters / 1e6:.2f} M parameters (random weights, seed {seed})"
+    is_trained = seed is None and model == WORLD_MODEL
+    weights = "trained" if is_trained else f"random weights, seed {seed or 0}"
+    return f"{model} of {num_parameters / 1e6:.2f} M parameters ({weights})"
 
 
 def _fill_folder(directory: Path, write: Callable[[Path], object]) -> None:
@@ -116,7 +148,7 @@ def _refuse_file(directory: Path, command: str) -> None:
             _refuse(f"{command}: {path} is a file, but a folder is wanted. Give another path.")
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     """Print one line on the error stream and exit with 2, as typer does for wrong arguments."""
     typer.echo(message, err=True)
     raise typer.Exit(2)

@@ -67,6 +67,6 @@ def build_vae(
         shift_factor=shift_factor,
         use_quant_conv=use_quant_convs,
         use_post_quant_conv=use_quant_convs,
-        # Small random weights stay far inside float16's range.
+        # Activations stay far inside float16's range, of random weights and of trained ones.
         force_upcast=False,
     )

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from fastppt.config import RunConfig
 from fastppt.data.prompts import subject_words
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.families.checkpoints import weight_files
+from fastppt.families.checkpoints import weight_files, without_bars
 from fastppt.families.lora_keys import FAMILY_KEY
 from fastppt.families.names import family_of_pipeline
 from fastppt.families.original_layout import original_layout
@@ -105,7 +104,7 @@ def write_network(
         if name.startswith("text_encoder") and part is not None and part.dtype != dtype:
             nn.Module.to(part, dtype)
     paths = [folder / name for name in network_files(config)]
-    with _no_bars():
+    with without_bars():
         write_folder(paths[0], pipeline.save_pretrained)
     spec = model_spec(config, family, paths[1].stem, kind="", trigger=subject_words(config.prompts))
     # Left out: it would take a second look at all bytes.
@@ -233,18 +232,6 @@ def _facts(config: RunConfig, family: Family) -> dict[str, str]:
         FAMILY_KEY: family.name,
         BASE_KEY: str(config.model.path),
     }
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own for each text encoder."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -24,11 +24,11 @@ PROMPTS = PromptsConfig(class_noun="robot")
 def test_latents_of_a_photo_follow_its_posterior(family: Family, photos: Path) -> None:
     squares = [crop_photo(photo, (64, 64)) for photo in find_photos(photos)]
     bank = encode_latents(family, squares, [()] * 5, lambda: None)
-    assert bank.posteriors.shape == (5, 1, 2, 4, 16, 16)
-    assert (bank.num_photos, bank.num_views) == (5, 0) and bank.latent_shape == (4, 16, 16)
-    assert bank.num_bytes == 5 * 2 * 4 * 16 * 16 * 4
+    assert bank.posteriors.shape == (5, 1, 2, 8, 16, 16)
+    assert (bank.num_photos, bank.num_views) == (5, 0) and bank.latent_shape == (8, 16, 16)
+    assert bank.num_bytes == 5 * 2 * 8 * 16 * 16 * 4
     mean, std = family.encode_photos(squares[3].pixels[None])
-    normals = torch.randn(2, 4, 16, 16)
+    normals = torch.randn(2, 8, 16, 16)
     sampled = bank.sample(torch.tensor([3, 0]), torch.tensor([0, 0]), normals)
     assert torch.equal(sampled[0], mean[0] + std[0] * normals[0])
     assert not torch.equal(sampled[1], mean[0] + std[0] * normals[1])
@@ -39,7 +39,7 @@ def test_augmented_views_come_after_the_plain_one(family: Family, photos: Path) 
     views = [draw_views(PhotosConfig(views=3), 0, number, 0) for number in (0, 1)]
     encoded: list[None] = []
     bank = encode_latents(family, squares, views, lambda: encoded.append(None))
-    assert bank.posteriors.shape == (2, 4, 2, 4, 16, 16) and bank.posteriors.is_contiguous()
+    assert bank.posteriors.shape == (2, 4, 2, 8, 16, 16) and bank.posteriors.is_contiguous()
     assert bank.num_views == 3 and len(encoded) == 8
     plain = encode_latents(family, squares, [(), ()], lambda: None)
     assert torch.equal(bank.posteriors[:, PLAIN_VIEW], plain.posteriors[:, 0])

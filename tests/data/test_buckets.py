@@ -93,7 +93,7 @@ def test_each_bucket_holds_the_latents_prompts_and_sizes_of_its_photos(
     buckets = encode_buckets(family, prompts, found, sizes)
     assert [bucket.size for bucket in buckets] == [(48, 80), (64, 64), (80, 48)]
     shapes = [tuple(bucket.latents.posteriors.shape) for bucket in buckets]
-    assert shapes == [(2, 1, 2, 4, 12, 20), (1, 1, 2, 4, 16, 16), (1, 1, 2, 4, 20, 12)]
+    assert shapes == [(2, 1, 2, 8, 12, 20), (1, 1, 2, 8, 16, 16), (1, 1, 2, 8, 20, 12)]
     assert [str(bucket) for bucket in buckets] == [
         "80x48 (2 photos)",
         "64x64 (1 photo)",

@@ -20,7 +20,7 @@ from fastppt.trainables_config import LoraConfig
 
 def predict(family: Family) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    noisy = torch.randn(2, 4, 16, 16, generator=generator, dtype=torch.float64)
+    noisy = torch.randn(2, 8, 16, 16, generator=generator, dtype=torch.float64)
     prompts = family.encode_prompts(["a photo of a dog", "a red toy on the beach"])
     sizes = torch.tensor([[64.0, 48, 0, 3, 64, 64]] * 2, dtype=family.dtype)
     return family.predict(noisy, torch.tensor([5, 900]), prompts, sizes)

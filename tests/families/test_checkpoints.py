@@ -139,7 +139,10 @@ def test_a_checkpoint_with_a_value_that_is_no_number_is_refused(
 
 
 NETWORK = "model.diffusion_model."
-UNET = {f"{NETWORK}input_blocks.0.0.weight": (8, 4, 3, 3)}
+UNET = {
+    f"{NETWORK}input_blocks.0.0.weight": (8, 4, 3, 3),
+    f"{NETWORK}out.2.weight": (4, 8, 3, 3),
+}
 CONDITIONS = {f"{NETWORK}label_emb.0.0.weight": (8, 8)}
 VAE = {"first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3)}
 SD = UNET | VAE | {"cond_stage_model.transformer.text_model.x": (1,)}
@@ -175,7 +178,8 @@ def test_the_header_tells_the_family(
         ({"down_blocks.0.resnets.0.norm1.weight": (8,)}, "holds one component"),
         ({"transformer_blocks.0.norm1.weight": (8,)}, "holds one component"),
         ({"model.layers.0.mlp.weight": (8,)}, "holds no model that fastppt knows"),
-        (SD | {f"{NETWORK}input_blocks.0.0.weight": (8, 9, 3, 3)}, "reads 9 channels"),
+        (SD | {f"{NETWORK}input_blocks.0.0.weight": (8, 9, 3, 3)}, "reads 9 channels and writes 4"),
+        ({k: v for k, v in SD.items() if "out.2" not in k}, "lacks model.diffusion_model.out.2"),
         (SDXL | {"edm_mean": (4,)}, "is trained by EDM"),
         (UNET, "but not the text encoders"),
         (UNET | CONDITIONS | {"conditioner.embedders.0.model.x": (1,)}, "no refiner"),
@@ -214,13 +218,14 @@ def test_a_git_lfs_pointer_is_refused_by_name(tmp_path: Path, refusal: Refusal) 
 
 
 def test_a_checkpoint_marked_for_velocity_needs_a_configuration_that_says_so(
-    exports: Exports, copied: Path, tmp_path: Path, refusal: Refusal
+    exports: Exports, copied: Path, refusal: Refusal
 ) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file(load_file(exports("sdxl").file) | {"v_pred": torch.zeros(0)}, file)
+    file = exports("sdxl").file
+    scheduler = copied / "scheduler" / "scheduler_config.json"
+    edit_json(scheduler, prediction_type="epsilon")
     message = refusal(file, config_folder=copied)
     assert "predicts velocity (it has the key v_pred)" in message and "epsilon" in message
-    edit_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    edit_json(scheduler, prediction_type="v_prediction")
     assert load_family(on_cpu(file, config_folder=copied)).prediction_type == "v_prediction"
 
 
@@ -228,10 +233,8 @@ def test_a_checkpoint_marked_for_zero_signal_needs_a_configuration_that_says_so(
     exports: Exports, copied: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     file = tmp_path / "model.safetensors"
-    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    save_file(load_file(exports("sdxl").file) | marks, file)
+    save_file(load_file(exports("sdxl").file) | {"ztsnr": torch.zeros(0)}, file)
     scheduler = copied / "scheduler" / "scheduler_config.json"
-    edit_json(scheduler, prediction_type="v_prediction")
     message = refusal(file, config_folder=copied)
     assert "it has the key ztsnr" in message and '"rescale_betas_zero_snr": true' in message
     edit_json(scheduler, rescale_betas_zero_snr=True)

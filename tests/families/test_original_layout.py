@@ -124,7 +124,9 @@ def test_checkpoint_says_what_it_predicts_where_programs_look(tmp_path: Path) ->
     for wrong in ({}, {"prediction_type": "v_prediction"}):
         with pytest.raises(UserError, match="it has the key"):
             check_marks(file, wrong)
-    assert not {"v_pred", "ztsnr"} & to_original(build_mini("mini-sdxl")).keys()
+    marks = {"v_pred", "ztsnr"}
+    assert marks & to_original(build_mini("mini-sdxl")).keys() == {"v_pred"}
+    assert not marks & to_original(build_mini("mini-sd")).keys()
 
 
 def test_second_generation_loads_offline_with_its_weights(tmp_path: Path) -> None:

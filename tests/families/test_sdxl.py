@@ -14,11 +14,15 @@ from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.sdxl import StableDiffusionXL
-from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.mini import build_mini
+
+# Of a latent's channels.
+MEANS = [0.1, -0.2, 0.3, 0.0, 0.4, -0.5, 0.6, -0.7]
+STDS = [1.0, 2.0, 3.0, 4.0, 0.5, 1.5, 2.5, 3.5]
 
 
 def family_with(prediction_type: str = "epsilon", **config: object) -> StableDiffusionXL:
-    pipeline = build_mini_sdxl()
+    pipeline = build_mini("mini-sdxl")
     pipeline.scheduler.register_to_config(prediction_type=prediction_type, **config)
     model = ModelConfig(path="mini-sdxl")
     return StableDiffusionXL(pipeline, model, torch.device("cpu"), torch.float64)
@@ -60,11 +64,11 @@ def test_timesteps_are_uniform_over_the_whole_range(family: Family) -> None:
 
 @pytest.mark.parametrize("with_mean", [False, True])
 def test_latents_are_the_scaled_posterior_of_the_vae(with_mean: bool) -> None:
-    pipeline = build_mini_sdxl()
+    pipeline = build_mini("mini-sdxl")
     vae = pipeline.vae
     vae.register_to_config(scaling_factor=0.7)
     if with_mean:
-        vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 3.0, 4.0])
+        vae.register_to_config(latents_mean=MEANS, latents_std=STDS)
     model = ModelConfig(path="mini-sdxl")
     family = StableDiffusionXL(pipeline, model, torch.device("cpu"), torch.float64)
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
@@ -74,8 +78,8 @@ def test_latents_are_the_scaled_posterior_of_the_vae(with_mean: bool) -> None:
     latents = posterior.mean + posterior.std * normal
     if with_mean:
         # As diffusers' DreamBooth script for SDXL scales them.
-        mean_c11 = torch.tensor(vae.config.latents_mean).double().view(1, 4, 1, 1)
-        std_c11 = torch.tensor(vae.config.latents_std).double().view(1, 4, 1, 1)
+        mean_c11 = torch.tensor(vae.config.latents_mean).double().view(1, 8, 1, 1)
+        std_c11 = torch.tensor(vae.config.latents_std).double().view(1, 8, 1, 1)
         latents = (latents - mean_c11) * 0.7 / std_c11
     else:
         latents = latents * 0.7
@@ -90,7 +94,7 @@ def test_size_conditions_are_original_crop_and_target(family: Family) -> None:
 def test_prompts_are_encoded_as_the_pipeline_does(family: Family) -> None:
     prompts = ["a photo of sks dog", "a sketch of a boat in the snow"]
     ours = family.encode_prompts(prompts)
-    theirs = build_mini_sdxl().encode_prompt(prompts, do_classifier_free_guidance=False)
+    theirs = build_mini("mini-sdxl").encode_prompt(prompts, do_classifier_free_guidance=False)
     assert torch.equal(ours.tokens, theirs[0])
     assert torch.equal(ours.pooled, theirs[2])
     assert torch.equal(ours[1:2].tokens, theirs[0][1:2])
@@ -106,7 +110,7 @@ def test_sample_equals_the_stock_pipeline(family: Family) -> None:
         steps=4,
         guidance_scale=5.0,
     )
-    stock = build_mini_sdxl()
+    stock = build_mini("mini-sdxl")
     stock.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     theirs = stock(prompt, num_inference_steps=4, guidance_scale=5.0, generator=generator)

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from fastppt.config import ModelConfig
 from fastppt.families.loading import load_family
 from fastppt.mini import build_mini
-from fastppt.mini.sdxl import build_mini_sdxl
 from fastppt.mini.single_file import original_state
 
 # `Export` is defined beside its fixture.
@@ -30,7 +29,8 @@ def on_cpu(path: Path | str, **keys: object) -> ModelConfig:
 @pytest.fixture(scope="module")
 def other_vae() -> AutoencoderKL:
     vae = build_mini("mini-sdxl", seed=9).vae
-    assert not torch.equal(vae.encoder.conv_in.weight, build_mini_sdxl().vae.encoder.conv_in.weight)
+    own = build_mini("mini-sdxl").vae
+    assert not torch.equal(vae.encoder.conv_in.weight, own.encoder.conv_in.weight)
     return vae
 
 
@@ -98,7 +98,7 @@ def test_the_own_vae_is_not_read_when_another_is_given(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latent_channels": 8}, "latent_channels 8, and the model's own VAE 4"),
+        ({"latent_channels": 4}, "latent_channels 4, and the model's own VAE 8"),
         ({"scaling_factor": 0.5}, "scaling_factor 0.5, and the model's own VAE 1.0"),
         ({"shift_factor": 0.1}, "shift_factor 0.1, and the model's own VAE None"),
         ({"block_out_channels": (16, 32)}, "pixels a latent 2, and the model's own VAE 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastppt.families.names import MINI_MODELS as FAMILY_OF_MODEL
-from fastppt.mini import MINI_MODELS, build_mini
+from fastppt.mini import MINI_MODELS, build_mini, sdxl
 from fastppt.mini.__main__ import app
 from fastppt.mini.single_file import original_state
 
@@ -45,8 +46,24 @@ def test_export_writes_a_folder_that_diffusers_loads(model: str, tmp_path: Path)
         assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
 
 
-def test_export_without_a_model_is_that_of_mini_sdxl(tmp_path: Path) -> None:
-    assert "mini-sdxl" in run("export", tmp_path / "mini").output
+def test_export_without_a_model_or_seed_is_that_of_the_trained_mini_sdxl(tmp_path: Path) -> None:
+    output = run("export", tmp_path / "mini").output
+    assert output.startswith("export: wrote mini-sdxl of 3.96 M parameters (trained) to ")
+    unet = load_file(tmp_path / "mini" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(unet["conv_in.weight"], build_mini("mini-sdxl").unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("command", ["export", "checkpoint"])
+def test_missing_trained_weights_are_refused_in_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = partial(sdxl.load_mini_sdxl, tmp_path / "nothing")
+    monkeypatch.setattr(sdxl, "load_mini_sdxl", missing)
+    result = run(command, tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert f"{command}: mini-sdxl: the weights of the package cannot be loaded" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_fills_the_working_directory(

@@ -141,7 +141,7 @@ def conditions(pipeline):
 
 def predict(pipeline, timestep=500, text_of=0, pooled_of=0, time_ids=(64, 64, 0, 0, 64, 64)):
     text, pooled = conditions(pipeline)
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     added = {
         "text_embeds": pooled[pooled_of : pooled_of + 1],
         "time_ids": torch.tensor([time_ids], dtype=torch.float32),
@@ -199,7 +199,7 @@ def test_latents_of_the_demo_photos_have_a_deviation_near_one(pipeline, photos):
     with torch.no_grad():
         posterior = pipeline.vae.encode(pixels).latent_dist
     latents = posterior.sample(torch.Generator().manual_seed(0))
-    assert latents.shape == (5, 4, 16, 16)
+    assert latents.shape == (5, 8, 16, 16)
     assert 0.8 < (latents * pipeline.vae.config.scaling_factor).std() < 1.25
 
 

@@ -61,7 +61,7 @@ def test_loss_and_every_gradient_follow_the_equation(
     step, adapters = prepared(config, load(model, prediction_type))
     stir(adapters)
     other = load(model, prediction_type)
-    compare_with_equation(step, adapters, other, model, equation, velocity)
+    compare_with_equation(step, adapters, other, model, equation)
     assert len(above) == 8 and len(set(above)) == 2
 
 

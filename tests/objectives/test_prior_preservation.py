@@ -102,7 +102,8 @@ def test_loss_and_every_gradient_follow_the_equation(
             losses = ((prediction - target) ** 2).mean((1, 2, 3))
             if min_snr:
                 ratio = alphas[draws.timesteps] / (1 - alphas[draws.timesteps])
-                losses = torch.minimum(ratio, torch.tensor(3.0)) / ratio * losses
+                share = torch.minimum(ratio, torch.tensor(3.0)) / (ratio + network.velocity)
+                losses = share * losses
             totals[half] = totals[half] + losses.sum() / 3 / 2
     loss = 1.7 * totals["latents"] + 0.6 * totals["class_latents"]
     loss.backward()

@@ -200,7 +200,7 @@ def test_kohya_metadata_says_what_it_is(written: Written) -> None:
     assert metadata["ss_enable_bucket"] == "False" and metadata["ss_bucket_info"] == "null"
     assert metadata["modelspec.sai_model_spec"] == "1.0.0"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.prediction_type"] == "v"
     assert metadata["modelspec.trigger_phrase"] == "sks robot"
     assert metadata["modelspec.resolution"] == "64x64"
 

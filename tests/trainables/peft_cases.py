@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastppt.families.attention import Projections
 from fastppt.families.base import Family
-from fastppt.mini.sdxl import TEXT_WIDTH_2
+from fastppt.mini.sdxl import LATENT_CHANNELS, TEXT_WIDTH_2
 from fastppt.trainables.peft_files import adapter_files
 from fastppt.trainables.peft_tuners import PeftAdapters
 from fastppt.trainables_config import (
@@ -103,7 +103,10 @@ def prediction_of(network: nn.Module, dtype: torch.dtype = torch.float64) -> Ten
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     conditions = {"text_embeds": draw(2, TEXT_WIDTH_2), "time_ids": draw(2, 6)}
     return network(
-        draw(2, 4, 16, 16), torch.tensor([5, 900]), draw(2, 24, 128), added_cond_kwargs=conditions
+        draw(2, LATENT_CHANNELS, 16, 16),
+        torch.tensor([5, 900]),
+        draw(2, 24, 128),
+        added_cond_kwargs=conditions,
     ).sample
 
 

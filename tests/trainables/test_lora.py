@@ -15,7 +15,8 @@ from fastppt.config import ModelConfig, RunConfig
 from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
-from fastppt.mini.sdxl import TEXT_WIDTH_2, build_mini_sdxl
+from fastppt.mini import build_mini
+from fastppt.mini.sdxl import LATENT_CHANNELS, TEXT_WIDTH_2
 from fastppt.objectives.anchor import anchored_group
 from fastppt.trainables.lora import LoraAdapters
 from fastppt.trainables_config import LoraConfig
@@ -41,13 +42,16 @@ def loss_of(network: torch.nn.Module) -> Tensor:
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     conditions = {"text_embeds": draw(2, TEXT_WIDTH_2), "time_ids": draw(2, 6)}
     prediction = network(
-        draw(2, 4, 16, 16), torch.tensor([5, 900]), draw(2, 24, 128), added_cond_kwargs=conditions
+        draw(2, LATENT_CHANNELS, 16, 16),
+        torch.tensor([5, 900]),
+        draw(2, 24, 128),
+        added_cond_kwargs=conditions,
     ).sample
     return (prediction * draw(*prediction.shape)).sum()
 
 
 def peft_network(adapters: LoraAdapters, targets: list[str]) -> torch.nn.Module:
-    network = build_mini_sdxl().unet.double().requires_grad_(False)
+    network = build_mini("mini-sdxl").unet.double().requires_grad_(False)
     config = peft.LoraConfig(r=adapters.rank, lora_alpha=adapters.alpha, target_modules=targets)
     network.add_adapter(config)
     modules = dict(network.named_modules())

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastppt.errors import UserError
 from fastppt.families.base import Family
-from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.mini import build_mini
 from fastppt.trainables.peft_files import dora_file, load_adapter
 from tests.trainables.peft_cases import (
     BUTTERFLY,
@@ -70,7 +70,7 @@ def test_settings_of_other_peft_adapters_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pipeline_reads_dora_as_a_lora_file(family_float64: Family) -> None:
     adapters = adapters_for(family_float64, KINDS["dora"])
-    pipe = build_mini_sdxl()
+    pipe = build_mini("mini-sdxl")
     pipe.unet.double()
     pipe.load_lora_weights(dora_file(adapters, "unet"))
     torch.testing.assert_close(

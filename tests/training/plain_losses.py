@@ -21,7 +21,7 @@ class PlainPass:
     Attributes:
         prediction: Of the tuned network on the subject prompt, whole weights W + B A.
         base: Of the base on the class prompt.
-        target: Noise, or what the caller's ``target`` makes of it.
+        target: Noise, or the velocity where the model predicts that.
         alphas: abar of each sample's timestep.
     """
 
@@ -30,7 +30,6 @@ class PlainPass:
         step: Step,
         network: PlainNetwork,
         leaves: dict[str, tuple[Tensor, Tensor]],
-        velocity: bool = False,
     ) -> None:
         draws = draw(step)
         mean, std = step.latents.posteriors[draws.photos, 0].unbind(1)
@@ -40,9 +39,6 @@ class PlainPass:
         if not network.joint:
             betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
             self.alphas = torch.cumprod(1 - betas, 0).double()[draws.timesteps]
-        if velocity:
-            alphas = self.alphas.view(-1, 1, 1, 1)
-            self.target = alphas.sqrt() * draws.noise - (1 - alphas).sqrt() * latents
         weights = dict(network.weights)
         for name, (down, up) in leaves.items():
             weights[f"{name}.weight"] = weights[f"{name}.weight"] + up @ down
@@ -64,7 +60,6 @@ def compare_with_equation(
     family: Family,
     model: str,
     equation: Callable[[PlainPass], dict[str, Tensor]],
-    velocity: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Assert that losses and gradients of a step are those of an equation; return its terms.
 
@@ -80,7 +75,7 @@ def compare_with_equation(
     state = step.generator.get_state()
     expected = []
     for _ in range(num_passes):
-        terms = equation(PlainPass(step, network, leaves, velocity))
+        terms = equation(PlainPass(step, network, leaves))
         (terms["loss"] / num_passes).backward()
         expected.append({name: term.detach() for name, term in terms.items()})
     step.generator.set_state(state)

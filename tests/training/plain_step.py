@@ -84,6 +84,7 @@ class PlainNetwork:
     def __init__(self, family: Family, model: str) -> None:
         self.model, self.network = model, family.network
         self.joint = model == "mini-sd3"
+        self.velocity = family.prediction_type == "v_prediction"
         self.features: dict[str, Tensor] = {}
         self.attentions = {}
         for name, module in self.network.named_modules():
@@ -132,7 +133,9 @@ class PlainNetwork:
             return sigma * noise + (1 - sigma) * latent, noise - latent
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
         alpha = torch.cumprod(1 - betas, 0).double()[timestep].view(-1, 1, 1, 1)
-        return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise, noise
+        noisy = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latent
+        return noisy, velocity if self.velocity else noise
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:

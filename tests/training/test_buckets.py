@@ -76,7 +76,7 @@ def test_a_run_with_buckets_trains_on_each_shape_and_says_which(
     result, text = run(make_config(**settings, **{"stage.0.batch_size": 2}))
     assert "note: 2 buckets: 64x64 (3 photos), 80x48 (2 photos)" in text
     shapes = {tuple(step.latents.latent_shape) for step in taken}
-    assert shapes == {(4, 16, 16), (4, 12, 20)}
+    assert shapes == {(8, 16, 16), (8, 12, 20)}
     for step in taken:
         # The sizes that the network is told end in that of the picture: four times the latent's.
         height, width = step.latents.latent_shape[1:]

@@ -67,7 +67,7 @@ def test_a_run_that_augments_encodes_views_by_its_seed(
 ) -> None:
     config = make_config(**ADAPTIVE, seed=3)
     bucket, text = encoded(config)
-    assert bucket.latents.posteriors.shape == (5, 4, 2, 4, 16, 16)
+    assert bucket.latents.posteriors.shape == (5, 4, 2, 8, 16, 16)
     assert text == "encoding 20 pictures: 5 photos with 3 augmented views each\n"
     seed = split_seed(3, VIEW_STREAM)
     for number, photo in bucket.photos.items():

@@ -21,7 +21,7 @@ from fastppt.config_io import build_config
 from fastppt.data.prompts import sample_prompts
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family
-from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.mini import build_mini
 from fastppt.outputs import files
 from fastppt.outputs.generate import install_lora
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, read_lora_file
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(
 def test_the_written_configuration_reproduces_the_run(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = build_mini_sdxl()
+    pipeline = build_mini("mini-sdxl")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     pipeline.save_pretrained("model")
@@ -317,7 +317,7 @@ def test_the_first_line_is_one_line_and_has_the_models_path_as_it_is(
 ) -> None:
     # To rich this is an end without a beginning.
     folder = tmp_path / "[/a] model"
-    build_mini_sdxl().save_pretrained(folder)
+    build_mini("mini-sdxl").save_pretrained(folder)
     console = Console(file=StringIO(), width=40)
     train_run(make_config(**{"model.path": str(folder), "stage.0.steps": 2}), console)
     first = console.file.getvalue().splitlines()[0]

@@ -133,7 +133,8 @@ def oracle_loss(step: Step, adapters: LoraAdapters, network: nn.Module, leaves: 
                     }
                 },
             ).sample[0]
-            total = total + (prediction - draws.noise[row]).square().mean()
+            velocity = signal.sqrt() * draws.noise[row] - (1 - signal).sqrt() * latent
+            total = total + (prediction - velocity).square().mean()
     denoising = total / (stage.batch_size * stage.gradient_accumulation)
     anchor = stage.objectives.anchor
     return 1.7 * denoising + (anchor.weight * penalty if anchor is not None else 0)

@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_leaves_the_indicator_as_it_was(make_config: M
     step, _ = prepared(make_config("lora", **settings), load("mini-sdxl"))
     run_step(step)
     before = [ema.clone() for ema in (step.indicator.base_ema, step.indicator.tuned_ema)]
-    shape, timesteps = (1, 4, 16, 16), torch.arange(0, 1000, 100)
+    shape, timesteps = (1, 8, 16, 16), torch.arange(0, 1000, 100)
     for index, bad in enumerate((torch.inf, torch.nan)):
         for predictions in ((bad, 1.0), (1.0, bad)):
             tuned, base = (torch.full(shape, value) for value in predictions)

@@ -1,0 +1,1 @@
+"""How the mini model and its judge were made: ``python -m fastppt.mini.pretrain``."""
