@@ -5,35 +5,27 @@ from __future__ import annotations
 import io
 import logging
 import os
-import shlex
-import shutil
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastppt import __version__, flags
 from fastppt.config_io import build_config, render_toml, stage_tables
 from fastppt.console import SafeConsole, SafeFormatter, printable, silence
+from fastppt.endings import interruptions, print_result
 from fastppt.faults import report, report_thread, user_errors
-from fastppt.machine import peak_host_memory, size_in_words
 from fastppt.recipe_list import print_recipe, print_recipes
+from fastppt.sweep.command import sweep
 from fastppt.training.interrupt import (
     NOT_DONE,
     NOT_YET_RESUMED,
     NOTHING_TRAINED,
-    Interrupted,
     ended_at_once,
     raised_at_once,
 )
-
-if TYPE_CHECKING:
-    from fastppt.training.result import RunResult
 
 app = typer.Typer(
     add_completion=False,
@@ -135,7 +127,7 @@ def train(
             changes = [*flags.stage_settings(given, stages), *changes]
             resumed = resume_run(resume, changes, console)
             if resumed is not None:
-                _print_result(resumed, console)
+                print_result(resumed, console)
             return
         stages = stage_tables(recipe, run, changes)
         changes = [*flags.stage_settings(given, stages), *changes]
@@ -145,7 +137,7 @@ def train(
             from fastppt.training.loop import train as train_run
 
         result = train_run(config, console, overwrite=overwrite)
-        _print_result(result, console)
+        print_result(result, console)
 
 
 @app.command()
@@ -258,6 +250,50 @@ def plot(
 
 
 @app.command()
+def evaluate(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="OUT...", help="Folders of finished runs of one subject."),
+    ],
+    samples: Annotated[int, typer.Option(min=8, help="Pictures a set of prompts.")] = 64,
+    sampler_steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a picture.")] = 20,
+    guidance_scale: Annotated[
+        float, typer.Option(min=0.0, help="Classifier-free guidance scale.")
+    ] = 4.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=10**9, help="The same seed asks and draws the same.")
+    ] = 0,
+    photos: Annotated[
+        Path | None, typer.Option(help="The subject's photos (default: as the runs recorded it).")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for one report of all runs (default: one in each run's own)."),
+    ] = None,
+) -> None:
+    """Measure runs on the mini world's model: the subject learned, and the rest not forgotten."""
+    with user_errors(output), interruptions():
+        with ended_at_once(NOT_DONE):
+            from fastppt.evaluation.exam import EvaluationSettings
+            from fastppt.evaluation.report import make_table, write_reports
+            from fastppt.evaluation.runs import evaluate_runs
+
+        console = SafeConsole()
+        settings = EvaluationSettings(samples, sampler_steps, guidance_scale, seed)
+        with raised_at_once(NOT_DONE):
+            evaluation = evaluate_runs(
+                runs, settings, photos, lambda line: console.print(line, markup=False)
+            )
+            paths = write_reports(evaluation, output)
+        console.print(make_table(evaluation))
+        for path in paths:
+            print(printable(str(path)))
+
+
+app.command()(sweep)
+
+
+@app.command()
 def info(
     file: Annotated[
         Path,
@@ -340,56 +376,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@contextmanager
-def interruptions() -> Iterator[None]:
-    """Say how to go on with a run that a signal has ended, and exit with 128 and its number."""
-    try:
-        yield
-    except Interrupted as end:
-        console = SafeConsole(stderr=True, soft_wrap=True)
-        console.print(str(end), markup=False)
-        if end.folder is not None:
-            command = f"{_program()} train --resume {shlex.quote(str(end.folder))}"
-            console.print(f"go on with it:\n  {command}", markup=False)
-        raise typer.Exit(code=end.exit_code) from None
-
-
-def _program() -> str:
-    """Return what a user types to start this program from the same place."""
-    if shutil.which("fastppt"):
-        return "fastppt"
-    script = Path(sys.argv[0])
-    return "python -m fastppt" if script.name == "__main__.py" else str(script)
-
-
-def _peaks_in_words(result: RunResult) -> str:
-    """Return the most memory that the run has had: of the GPU by phase, of the host in all."""
-    host = f"host {size_in_words(peak_host_memory())} (the whole process)"
-    if not result.peak_memory:
-        return host
-    phases = (f"{phase} {size_in_words(peak)}" for phase, peak in result.peak_memory.items())
-    most = size_in_words(max(result.peak_memory.values()))
-    return f"GPU {most} ({', '.join(phases)}), {host}"
-
-
-def _print_result(result: RunResult, console: Console) -> None:
-    seconds = ", ".join(f"{name} {spent:.1f} s" for name, spent in result.seconds.items())
-    console.print(f"time: {seconds}")
-    console.print(f"peak memory: {_peaks_in_words(result)}")
-    if result.num_bad_steps:
-        console.print(
-            f"note: {result.num_bad_steps} steps were left out, for their loss or gradient was not "
-            f"finite; {result.folder.metrics.name} names their photos and timesteps",
-            soft_wrap=True,
-            markup=False,
-        )
-    console.print("wrote:")
-    for path in result.files:
-        console.print(f"  {path}", soft_wrap=True, markup=False)
-    root = shlex.quote(str(result.folder.root))
-    prompt = shlex.quote(result.trigger_prompt)
-    command = f"{_program()} generate --run {root} --prompt {prompt} --count 4"
-    console.print("use it:")
-    console.print(f"  {command}", soft_wrap=True, markup=False)

@@ -61,7 +61,8 @@ class AnchorConfig(Section):
     """
 
     weight: Annotated[float, Field(ge=0)] = 1e-3
-    """Factor of the sum of squared distances to the anchor. Not calibrated for full-size models."""
+    """Factor of the sum of squared distances to the anchor. Not calibrated for full-size models:
+    `fastppt sweep` tries several on a run of yours."""
     form: AnchorForm = "effective"
     """What is held: raw (the trained tensors), effective (the weights that the network sees),
     decoupled (like weight decay)."""

@@ -24,8 +24,10 @@ MAY_IMPORT = {
     "text_files": {"errors"},
     "config_errors": CONFIG,
     "config_io": {*CONFIG, "config_errors", "errors", "families", "text_files"},
-    # Both know how published models are laid out; the mini models' own parts import nothing.
-    "mini": {"families"},
+    # Both know how published models are laid out and read; the mini models' parts import nothing.
+    "mini": {"errors", "families"},
+    # How they were trained: above what it trains with, and nothing needs it.
+    "mini.pretrain": {"errors", "families", "mini", "objectives", "outputs"},
     "families": {*CONFIG, "errors", "mini"},
     "trainables": {*CONFIG, "errors", "families"},
     "data": {*CONFIG, "errors", "families", "text_files"},
@@ -36,6 +38,7 @@ MAY_IMPORT = {
         *("config_io", "data", "errors", "families", "objectives", "outputs"),
         "trainables",
     },
+    "evaluation": {*CONFIG, "data", "errors", "families", "mini", "outputs", ""},
     "machine": set(),
     "forecast": {*CONFIG, "errors", "families", "machine", "outputs", "training"},
     "doctor": {
@@ -45,11 +48,17 @@ MAY_IMPORT = {
     "console": set(),
     "faults": {"console", "errors", "outputs", ""},
     "recipe_list": {"config_io", "console", "errors"},
+    "endings": {"console", "machine", "training"},
     "flags": {*CONFIG, "config_io", "errors"},
+    "sweep": {
+        *CONFIG,
+        *("config_io", "console", "data", "endings", "errors", "evaluation", "families", "faults"),
+        *("flags", "mini", "outputs", "training", ""),
+    },
     "cli": {
         *CONFIG,
-        *("config_io", "console", "doctor", "errors", "faults", "flags", "machine"),
-        *("outputs", "recipe_list", "training", ""),
+        *("config_io", "console", "doctor", "endings", "errors", "evaluation", "faults", "flags"),
+        *("outputs", "recipe_list", "sweep", "training", ""),
     },
     "__main__": {"cli"},
     # `fastppt.load`, when it is called.
@@ -57,11 +66,11 @@ MAY_IMPORT = {
 }
 # Where the libraries of models and formats may be used.
 MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}
-MODEL_PARTS = {"families", "trainables", "outputs", "data", "mini"}
+MODEL_PARTS = {"families", "trainables", "outputs", "data", "mini", "mini.pretrain"}
 KERNEL_LIBRARIES = {"torch", "triton", "fastppt_kernels"}
 # Where model families may be named, and how one looks; sd-scripts is another trainer, and ss_sd_
 # begins keys of its metadata.
-FAMILY_PARTS = {"families", "mini"}
+FAMILY_PARTS = {"families", "mini", "mini.pretrain"}
 FAMILY = re.compile(
     r"(?<![a-z0-9])(?<!ss_)(?:mini-)?sd(?:xl|\d+)?(?![a-z0-9])(?!-scripts)", flags=re.IGNORECASE
 )
@@ -88,19 +97,25 @@ def imported(path: Path) -> list[tuple[str, ...]]:
 
 
 def part_of(path: Path) -> str:
-    first = path.relative_to(ROOT / "fastppt").parts[0].removesuffix(".py")
-    return "" if first == "__init__" else first
+    return part(path.relative_to(ROOT / "fastppt").with_suffix("").parts)
 
 
-def violations(part: str, modules: list[tuple[str, ...]]) -> list[str]:
+def part(names: tuple[str, ...]) -> str:
+    """The part of fastppt that a module is of, given by its names below fastppt."""
+    if names[:2] == ("mini", "pretrain"):
+        return "mini.pretrain"
+    return "" if names[:1] in ((), ("__init__",)) else names[0]
+
+
+def violations(importer: str, modules: list[tuple[str, ...]]) -> list[str]:
     """What a file of a part imports against the rules."""
     wrong = []
     for module in modules:
         if module[0] == "fastppt":
-            target = module[1] if len(module) > 1 else ""
-            if target in MAY_IMPORT and target not in MAY_IMPORT[part] | {part}:
+            target = part(module[1:])
+            if target in MAY_IMPORT and target not in MAY_IMPORT[importer] | {importer}:
                 wrong.append(".".join(module))
-        elif module[0] in MODEL_LIBRARIES and part not in MODEL_PARTS:
+        elif module[0] in MODEL_LIBRARIES and importer not in MODEL_PARTS:
             wrong.append(module[0])
     return wrong
 
@@ -111,11 +126,14 @@ def test_imports_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "module"),
-    [("config", "fastppt.errors"), ("data", "fastppt.training.loop"), ("training", "diffusers")],
+    ("importer", "module"),
+    [
+        *(("config", "fastppt.errors"), ("data", "fastppt.training.loop")),
+        *(("training", "diffusers"), ("mini", "fastppt.mini.pretrain.training")),
+    ],
 )
-def test_the_rule_sees_an_import_that_points_up(part: str, module: str) -> None:
-    assert violations(part, [tuple(module.split("."))])
+def test_the_rule_sees_an_import_that_points_up(importer: str, module: str) -> None:
+    assert violations(importer, [tuple(module.split("."))])
 
 
 def test_kernels_import_torch_and_triton_alone() -> None:

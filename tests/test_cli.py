@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from fastppt import cli
+from fastppt import endings
 from fastppt.cli import app
 from fastppt.config_io import RECIPES, build_config
-from fastppt.mini.sdxl import build_mini_sdxl
+from fastppt.mini import build_mini
 from fastppt.outputs.folder import RunFolder
 from fastppt.training.result import RunResult
 
@@ -73,7 +73,7 @@ def test_train_shows_progress_and_names_its_files_and_the_next_command(
 def test_the_peak_of_a_gpu_is_said_by_phase(tmp_path: Path) -> None:
     result = RunResult(RunFolder(tmp_path), build_config())
     result.peak_memory = {"encode": 3 * 2**30, "train": 5 * 2**30, "samples": 2**20}
-    said = cli._peaks_in_words(result)
+    said = endings.peaks_in_words(result)
     assert said.startswith("GPU 5.0 GiB (encode 3.0 GiB, train 5.0 GiB, samples 1.0 MiB), host ")
 
 
@@ -87,7 +87,7 @@ def test_generate_draws_what_stock_diffusers_draws(trained: Path, tmp_path: Path
     assert [path.name for path in paths] == ["a-photo-of-sks-toy-5.png", "a-photo-of-sks-toy-6.png"]
     import torch
 
-    stock = build_mini_sdxl()
+    stock = build_mini("mini-sdxl")
     stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(trained))
     for seed, path in zip((5, 6), paths, strict=True):

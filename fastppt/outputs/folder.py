@@ -61,6 +61,16 @@ class RunFolder:
         """Pictures of the metrics."""
         return self.root / "plots"
 
+    @property
+    def evaluation(self) -> Path:
+        """What the run's model and its base were measured at."""
+        return self.root / "evaluation.json"
+
+    @property
+    def evaluation_grid(self) -> Path:
+        """Pictures of both, side by side."""
+        return self.root / "evaluation.png"
+
     def grid(self, step: int) -> Path:
         """The grid drawn after a step."""
         return self.samples / f"step-{step:06d}.png"
@@ -84,6 +94,8 @@ class RunFolder:
             self.checkpoints,
             self.tensorboard,
             self.plots,
+            self.evaluation,
+            self.evaluation_grid,
             *(self.root / name for name in files_of_run(config)),
         ]
 
