@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bench.machine import describe_machine
 from bench.rows import Row, write_report
-from bench.toy2d_measures import MOST_SEEDS, Draws, mean_and_interval, measure
+from bench.student import MOST_SEEDS, mean_and_interval
+from bench.toy2d_measures import Draws, measure
 from bench.toy2d_model import Model, Way, pretrain, tune
 from bench.toy2d_plots import Panel, draw_panels, draw_sweep
 from bench.toy2d_tables import console_table

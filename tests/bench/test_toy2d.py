@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import tables, toy2d
-from bench.toy2d_measures import energy_distance, mean_and_interval, measure
+from bench.student import mean_and_interval
+from bench.toy2d_measures import energy_distance, measure
 from bench.toy2d_model import Model, Way, tune, weight_distance
 from bench.toy2d_world import CLASSES
 

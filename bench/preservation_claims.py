@@ -1,0 +1,198 @@
+"""The papers' claims, answered by the cells of the preservation bench.
+
+A claim has parts, each a difference with its 95 % interval, paired by subject and seed. A part
+holds where the whole interval is on the claimed side of zero, does not hold where all of it is on
+the other, and is not shown otherwise. A claim holds where all its parts do, and does not where one
+does not. Intervals are not widened for the number of parts.
+"""
+
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
+from bench.preservation_plan import (
+    APT,
+    APT_PARTS,
+    DREAMBOOTH,
+    DREAMBOOTH_PRIOR,
+    LORA_PRIOR,
+    PPT_DREAMBOOTH,
+    PPT_LORA,
+    RARE_TOKEN,
+)
+from bench.preservation_statistics import (
+    NOT_SHOWN,
+    Difference,
+    Value,
+    cells_of,
+    combine,
+    difference,
+    mean_over_subjects,
+    number,
+)
+from bench.rows import Row
+
+MONOTONE = "a larger anchor weight lowers parameter and noise drift, from each weight to the next"
+OTHER_CLASSES = (
+    "the anchor keeps other classes better than prior preservation, without class images"
+)
+INDICATOR = "the overfitting indicator rises earlier and higher at low noise"
+PARTS = "each part of APT lowers the drift"
+RARE = "the two-stage rare token beats DreamBooth at equal steps"
+
+DRIFTS = ("class_noise", "other_noise")
+OTHER_DRIFTS = ("other_noise", "other_frechet")
+# The largest weight of the sweep under which the subject keeps so much of what it gains by LoRA.
+KEPT_GAIN = 0.9
+
+
+def answer_claims(cells: Sequence[Row]) -> list[Row]:
+    """Return a row a claim: its verdict, and the numbers that it rests on."""
+    return [
+        _claim(MONOTONE, _monotone(cells), falling_cells(cells)),
+        _claim(OTHER_CLASSES, _other_classes(cells), _class_image_costs(cells)),
+        _claim(INDICATOR, _indicator(cells), {}),
+        _claim(PARTS, _parts(cells), {}),
+        _claim(RARE, _rare(cells), {}),
+    ]
+
+
+def calibrate(cells: Sequence[Row]) -> float | None:
+    """Return the largest anchor weight that keeps `KEPT_GAIN` of what LoRA gains in fidelity.
+
+    Returns:
+        None where no weight does, LoRA gains nothing, or there are no cells of it or of the base.
+    """
+    sweep = sweep_of(cells)
+    base = cells_of(cells, "base")
+    if not base or not sweep or sweep[0][0] != 0:
+        return None
+    fidelity = number("subject_fidelity")
+    start = mean_over_subjects(base, fidelity).mean
+    gains = {
+        weight: mean_over_subjects(cells_of(cells, name), fidelity).mean - start
+        for weight, name in sweep
+    }
+    if gains[0.0] <= 0:
+        return None
+    kept = [weight for weight, gain in gains.items() if gain >= KEPT_GAIN * gains[0.0]]
+    return max(kept) or None
+
+
+def sweep_of(cells: Sequence[Row]) -> list[tuple[float, str]]:
+    """Return weights and methods of the sweep, by weight; 0 is LoRA without an anchor."""
+    found = {
+        (cell["anchor weight"], cell["method"])
+        for cell in cells
+        if cell["anchor weight"] is not None
+    }
+    return sorted(found)
+
+
+def falling_cells(cells: Sequence[Row]) -> Row:
+    """Return in how many subjects and seeds each larger weight made a drift smaller."""
+    sweep = [cells_of(cells, name) for _, name in sweep_of(cells)]
+    if len(sweep) < 2:
+        return {}
+    counts: Row = {}
+    for name in ("parameter_distance", *DRIFTS):
+        tables = [
+            {(cell["subject"], cell["seed"]): number(name)(cell) for cell in each} for each in sweep
+        ]
+        shared = set.intersection(*(set(table) for table in tables))
+        falls = [all(b[key] < a[key] for a, b in pairwise(tables)) for key in shared]
+        counts[f"{name} falls throughout"] = f"{sum(falls)} of {len(falls)}"
+    return counts
+
+
+def _monotone(cells: Sequence[Row]) -> list[Row]:
+    parts = []
+    for name in ("parameter_distance", *DRIFTS):
+        for (small, one), (large, other) in pairwise(sweep_of(cells)):
+            what = f"{name}, weight {large:g} minus {small:g}"
+            parts.append(_part(what, difference(cells, other, one, number(name)), -1))
+    return parts
+
+
+def _other_classes(cells: Sequence[Row]) -> list[Row]:
+    parts = []
+    for ours, theirs in ((PPT_LORA, LORA_PRIOR), (PPT_DREAMBOOTH, DREAMBOOTH_PRIOR)):
+        for name in OTHER_DRIFTS:
+            apart = difference(cells, ours, theirs, number(name))
+            parts.append(_part(f"{name}, {ours} minus {theirs}", apart, -1))
+        # Said beside it, and no part of the claim: holding less would be no merit if nothing were
+        # learned.
+        for name in ("other_all", "subject_fidelity", "class_noise"):
+            apart = difference(cells, ours, theirs, number(name))
+            parts.append(_part(f"{name}, {ours} minus {theirs}", apart, None))
+    return parts
+
+
+def _class_image_costs(cells: Sequence[Row]) -> Row:
+    """Return the seconds that class images took, by method."""
+    costs: Row = {}
+    for name in (PPT_LORA, LORA_PRIOR, PPT_DREAMBOOTH, DREAMBOOTH_PRIOR):
+        mine = cells_of(cells, name)
+        if mine:
+            seconds = statistics.fmean(cell["seconds"]["class images"] for cell in mine)
+            costs[f"seconds for class images, {name}"] = seconds
+    return costs
+
+
+def _indicator(cells: Sequence[Row]) -> list[Row]:
+    mine = [cell for cell in cells_of(cells, APT) if cell.get("indicator")]
+    parts = []
+    for what, table, wanted in (
+        ("mean indicator", "mean", 1),
+        ("part of the steps until it passes half", "half reached", -1),
+    ):
+        apart = mean_over_subjects(mine, _low_minus_high(table)) if mine else None
+        parts.append(_part(f"{what}, least noise minus most", apart, wanted))
+    return parts
+
+
+def _low_minus_high(table: str) -> Value:
+    """Return the mean over the bins of the least noise minus that over those of the most."""
+
+    def value(cell: Row) -> float:
+        bins = cell["indicator"][table]
+        third = max(1, len(bins) // 3)
+        return statistics.fmean(bins[:third]) - statistics.fmean(bins[-third:])
+
+    return value
+
+
+def _parts(cells: Sequence[Row]) -> list[Row]:
+    return [
+        _part(
+            f"{name}, {part.name} minus {APT}", difference(cells, part.name, APT, number(name)), 1
+        )
+        for part in APT_PARTS
+        for name in DRIFTS
+    ]
+
+
+def _rare(cells: Sequence[Row]) -> list[Row]:
+    """Both what is learned and what is kept: better in one at the price of the other is no win."""
+    return [
+        _part(
+            f"{name}, {RARE_TOKEN} minus {DREAMBOOTH}",
+            difference(cells, RARE_TOKEN, DREAMBOOTH, number(name)),
+            wanted,
+        )
+        for name, wanted in (("subject_fidelity", 1), ("subject_context", 1), ("class_noise", -1))
+    ]
+
+
+def _part(what: str, found: Difference | None, wanted: int | None) -> Row:
+    row: Row = {"what": what, "difference": None, "±": None, "verdict": None}
+    if wanted is not None:
+        row["verdict"] = NOT_SHOWN if found is None else found.verdict(wanted)
+    if found is not None:
+        row |= {"difference": found.mean, "±": found.half}
+    return row
+
+
+def _claim(title: str, parts: Sequence[Row], beside: Row) -> Row:
+    verdicts = [part["verdict"] for part in parts if part["verdict"] is not None]
+    return {"claim": title, "verdict": combine(verdicts), "parts": list(parts), "beside": beside}
