@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from fastppt.cli import app
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
+from fastppt.families.checkpoints import VELOCITY_MARK
 from fastppt.families.loading import load_family
 from fastppt.mini import build_mini
 from fastppt.outputs.folder import check_output, open_folder
@@ -32,6 +33,15 @@ ONE_FAST = ["sd", pytest.param("sdxl", marks=slow), pytest.param("sd3", marks=sl
 def metadata_of(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
         return dict(opened.metadata())
+
+
+def dtypes_of_values(tensors: dict[str, torch.Tensor]) -> set[torch.dtype]:
+    """Of all but the VAE, which stays as it is, and the mark of a model that predicts velocity."""
+    return {
+        tensor.dtype
+        for key, tensor in tensors.items()
+        if not key.startswith("first_stage") and key != VELOCITY_MARK
+    }
 
 
 @pytest.mark.parametrize("name", ONE_FAST)
@@ -59,7 +69,7 @@ def test_whole_network_is_in_the_folder_and_in_the_one_file(
                     assert torch.equal(state[key], value.to(kept).float()), key
     stored = load_file(next((folder / run.family.lora_component).glob("*.safetensors")))
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
-    assert {t.dtype for k, t in load_file(file).items() if "first_stage" not in k} == {dtype}
+    assert dtypes_of_values(load_file(file)) == {dtype}
     metadata = metadata_of(file)
     assert metadata["modelspec.architecture"] == run.family.modelspec_architecture
     assert metadata["fastppt.trainable"] == "full" and metadata["fastppt.family"] == name
@@ -132,9 +142,7 @@ def test_save_dtype_is_that_of_the_values(
     run = Trained(tmp_path / "out", photos, name, kind, save_dtype="fp16").write()
     for file in run.files:
         if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            dtypes = {t.dtype for k, t in tensors.items() if not k.startswith("first_stage")}
-            assert dtypes == {torch.float16}
+            assert dtypes_of_values(load_file(file)) == {torch.float16}
             assert metadata_of(file)["fastppt.base_model"] == f"mini-{name}"
 
 
