@@ -1,23 +1,31 @@
 """What methods teach, and what they cost: ``python -m bench.bench_preservation --output DIR``.
 
 Recipes x subjects x seeds on mini-sdxl, and a sweep of the anchor's weight. Each cell is a whole
-training through fastppt and an evaluation by the judge of the mini world, and is kept as JSON, so
-that a bench which was stopped goes on. At the end stand means with intervals, the papers' claims
-with what the numbers say of each, and a picture of subject fidelity against drift.
+training through fastppt and an evaluation by the judge of the mini world, on one thread, and is
+kept as JSON: the same command goes on with a bench that was stopped, at any time and however. The
+same command in a second process shares the cells with the first, so start one a core; whichever
+ends last writes the report. It holds means with intervals, the papers' claims with what the numbers
+say of each, and a picture of subject fidelity against drift.
 """
 
 import argparse
-import multiprocessing
-import os
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from bench.machine import describe_machine
-from bench.preservation_cells import BASE, Cell, find_cell, list_cells, run_cell
+from bench.preservation_cells import (
+    BASE,
+    Cell,
+    cell_path,
+    find_cell,
+    hold_cell,
+    list_cells,
+    run_cell,
+)
 from bench.preservation_claims import answer_claims, calibrate
 from bench.preservation_plan import (
     METHODS,
@@ -33,51 +41,66 @@ from bench.preservation_plots import draw_indicator, draw_trade
 from bench.preservation_statistics import summarise
 from bench.preservation_tables import claims_table, console_table
 from bench.rows import Row, write_report
+from fastppt.training.interrupt import Interrupted
 
 WORK = Path("preservation-cells")
 
 
-def run_cells(cells: Sequence[Cell], plan: Plan, work: Path, jobs: int) -> Iterator[Row]:
-    """Measure cells, some at a time, each process on one thread; they come as they are done."""
-    if jobs == 1:
-        yield from (run_cell(cell, plan, work) for cell in cells)
-        return
-    # Read when a new process imports torch: more threads than free cores are many times slower.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context) as pool:
-        futures = [pool.submit(run_cell, cell, plan, work) for cell in cells]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def measure_all(
-    plan: Plan, methods: Sequence[Method], work: Path, jobs: int, console: Console
-) -> list[Row]:
-    """Return all cells, those that are kept already and those that are not."""
+    plan: Plan, methods: Sequence[Method], work: Path, console: Console
+) -> list[Row] | None:
+    """Measure the cells that are neither kept nor being measured by another process.
+
+    Returns:
+        All cells; None where another process is still at some of them.
+
+    Raises:
+        SystemExit: cells have failed. They keep none of the others from being measured.
+    """
     cells = list_cells(plan, methods)
-    kept = [find_cell(cell, plan, work) for cell in cells]
-    missing = [cell for cell, row in zip(cells, kept, strict=True) if row is None]
-    done = [row for row in kept if row is not None]
-    console.print(f"{len(cells)} cells, {len(done)} of them kept in {work}; {jobs} at a time")
-    began = time.perf_counter()
-    for count, row in enumerate(run_cells(missing, plan, work, jobs), start=1):
-        done.append(row)
-        spent = time.perf_counter() - began
-        left = spent / count * (len(missing) - count)
-        console.print(
-            f"  {count} of {len(missing)}: {row['noun']}, {row['method']}, seed {row['seed']}: "
-            f"{row['cpu seconds']:.0f} CPU s; {spent / 60:.1f} min, about {left / 60:.0f} to go"
-        )
-    return sorted(done, key=lambda row: (row["subject"], row["method"], row["seed"]))
+    paths = [cell_path(cell, plan, work) for cell in cells]
+    before, began = count_files(paths), time.perf_counter()
+    failed: list[Cell] = []
+    console.print(f"{len(cells)} cells, {before} of them kept in {work}")
+    took_one = True
+    while took_one:
+        # Once more from the first: what another process held when it was killed is free again.
+        took_one = False
+        for cell, path in zip(cells, paths, strict=True):
+            if cell in failed or path.exists():
+                continue
+            with hold_cell(path) as held:
+                # Another process may have been quicker.
+                if not held or path.exists():
+                    continue
+                took_one = True
+                try:
+                    row = run_cell(cell, plan, work)
+                except Exception:
+                    console.print_exception()
+                    failed.append(cell)
+                    continue
+            kept, spent = count_files(paths), time.perf_counter() - began
+            left = spent / (kept - before) * (len(cells) - kept)
+            console.print(
+                f"  {kept} of {len(cells)}: {cell.name}: {row['cpu seconds']:.0f} CPU s; "
+                f"{spent / 60:.1f} min, about {left / 60:.0f} to go"
+            )
+    if failed:
+        raise SystemExit(f"failed, and measured anew next time: {[cell.name for cell in failed]}")
+    rows = [find_cell(cell, plan, work) for cell in cells]
+    found = [row for row in rows if row is not None]
+    if len(found) < len(cells):
+        return None
+    return sorted(found, key=lambda row: (row["subject"], row["method"], row["seed"]))
+
+
+def count_files(paths: Sequence[Path]) -> int:
+    return sum(path.exists() for path in paths)
 
 
 def make_report(cells: Sequence[Row], plan: Plan, methods: Sequence[Method]) -> Row:
     """Return the report but for the machine: every cell, means, claims, the calibrated weight."""
-    shown = [{name: value for name, value in cell.items() if name != "key"} for cell in cells]
     names = [BASE, *(method.name for method in methods)]
     return {
         "plan": describe(plan, methods),
@@ -86,7 +109,7 @@ def make_report(cells: Sequence[Row], plan: Plan, methods: Sequence[Method]) -> 
         "claims": answer_claims(cells),
         "calibrated anchor weight": calibrate(cells),
         "cpu seconds": sum(cell["cpu seconds"] for cell in cells),
-        "cells": shown,
+        "cells": list(cells),
     }
 
 
@@ -110,21 +133,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the cells")
     subjects = range(1, len(NOUNS) + 1)
     parser.add_argument("--subjects", type=int, default=5, choices=subjects, metavar="N")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training, all stages")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--no-sweep", action="store_true", help="no sweep of the anchor's weight")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="few steps, for a look; not to keep")
     options = parser.parse_args(arguments)
     console, machine = Console(), describe_machine()
     plan = Plan(options.subjects, options.seeds, options.steps)
     plan = quick(plan) if options.quick else plan
     methods = choose_methods(options.recipes, not options.no_sweep)
-    began = time.perf_counter()
-    cells = measure_all(plan, methods, options.work, options.jobs, console)
-    report = {"machine": {**machine, "threads": 1, "processes": options.jobs}}
-    report |= {"seconds": time.perf_counter() - began, **make_report(cells, plan, methods)}
+    try:
+        cells = measure_all(plan, methods, options.work, console)
+    except (Interrupted, KeyboardInterrupt):
+        raise SystemExit("ended; the same command goes on") from None
+    if cells is None:
+        console.print("the rest is with another process, which writes the report")
+        return
+    # Of the time when the cells were measured, and not of now.
+    load = statistics.fmean(cell["load"] for cell in cells)
+    report = {"machine": {**machine, "threads": 1, "load": round(load, 2)}}
+    report |= make_report(cells, plan, methods)
     name = f"{'quick-' if options.quick else ''}cpu-preservation"
     path = options.output / f"{name}-{machine['date']}.json"
     write_report(path, report)

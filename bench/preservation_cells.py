@@ -1,12 +1,16 @@
 """One cell of the preservation bench: a whole training, and what it made of the model."""
 
+import fcntl
 import functools
 import hashlib
 import json
+import math
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,8 @@ from fastppt.training.loop import train
 from fastppt.training.result import RunResult
 
 BASE = "base"
+# Of a cell's hash, in the name of its file.
+DIGITS = 20
 # Points of a curve of the indicator that are kept.
 CURVE_POINTS = 20
 HALF = 0.5
@@ -63,15 +69,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        name = BASE if self.method is None else self.method.name
-        return name if self.method is None else f"{name}, seed {self.seed}"
+        return f"{self.noun}, {self.labels()['method']}, seed {self.seed}"
 
     @property
     def noun(self) -> str:
         return NOUNS[self.subject]
 
-    def path(self, work: Path) -> Path:
-        return work / f"{self.subject:02d}-{self.noun}" / f"{self.name.replace(', ', '-')}.json"
+    def labels(self) -> Row:
+        """Return what a cell is called, which decides none of its numbers."""
+        return {
+            "method": BASE if self.method is None else self.method.name,
+            "subject": self.subject,
+            "noun": self.noun,
+            "seed": self.seed,
+            "anchor weight": None if self.method is None else self.method.anchor_weight,
+        }
 
 
 def list_cells(plan: Plan, methods: Sequence[Method]) -> list[Cell]:
@@ -83,30 +95,56 @@ def list_cells(plan: Plan, methods: Sequence[Method]) -> list[Cell]:
     return cells
 
 
+def cell_path(cell: Cell, plan: Plan, work: Path) -> Path:
+    """Return the file of a cell: named by what its numbers follow from, and not by its method.
+
+    So another plan overwrites nothing, and a weight of the sweep that becomes a method's own is
+    not measured again.
+    """
+    return work / f"{cell.noun}-{cell_key(cell, plan)[:DIGITS]}.json"
+
+
 def find_cell(cell: Cell, plan: Plan, work: Path) -> Row | None:
     """Return a cell that was measured before; None where it was not, or by other numbers."""
     try:
-        row: Row = json.loads(cell.path(work).read_text())
+        row: Row = json.loads(cell_path(cell, plan, work).read_text())
     except FileNotFoundError:
         return None
-    return row if row["key"] == cell_key(cell, plan) else None
+    return row | cell.labels()
+
+
+@contextmanager
+def hold_cell(path: Path) -> Iterator[bool]:
+    """Hold the cell of a file against other processes; say whether it is held, and by none of them.
+
+    The kernel holds the lock: it ends with the process, however that ends.
+    """
+    lock = path.with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        # Whoever has opened it meanwhile finds the cell measured.
+        if path.exists():
+            lock.unlink(missing_ok=True)
 
 
 def run_cell(cell: Cell, plan: Plan, work: Path) -> Row:
-    """Measure a cell and keep it."""
+    """Measure a cell and keep it.
+
+    Raises:
+        ArithmeticError: a number is not finite.
+    """
     torch.set_num_threads(1)
     # Of text encoders without adapters, and of the bars of what is loaded.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     began, cpu_began = time.perf_counter(), time.process_time()
-    row: Row = {
-        "method": BASE if cell.method is None else cell.method.name,
-        "subject": cell.subject,
-        "noun": cell.noun,
-        "seed": cell.seed,
-        "anchor weight": None if cell.method is None else cell.method.anchor_weight,
-        "key": cell_key(cell, plan),
-    }
+    row = cell.labels()
     base, reference = prepare_base(cell.subject, plan.evaluation)
     if cell.method is None:
         scores = base_scores(base, reference)
@@ -116,8 +154,12 @@ def run_cell(cell: Cell, plan: Plan, work: Path) -> Row:
     else:
         with tempfile.TemporaryDirectory(prefix="fastppt-preservation-") as folder:
             row |= _train_and_measure(cell, cell.method, plan, Path(folder), base, reference)
-    row["cpu seconds"] = time.process_time() - cpu_began
-    write_file(cell.path(work), json.dumps(row) + "\n")
+    astray = [name for name, value in row["numbers"].items() if not math.isfinite(value)]
+    if astray:
+        raise ArithmeticError(f"{cell.name}: {', '.join(astray)} not finite; is its rate too high?")
+    # Of the last minute: how quiet the machine was.
+    row |= {"cpu seconds": time.process_time() - cpu_began, "load": os.getloadavg()[0]}
+    write_file(cell_path(cell, plan, work), json.dumps(row) + "\n")
     return row
 
 
@@ -126,9 +168,9 @@ def _train_and_measure(
 ) -> Row:
     _draw_photos(cell.subject, folder / "photos")
     config = make_config(cell, method, plan, folder)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     result = train(config, Console(quiet=True))
-    trained = time.perf_counter()
+    trained, cpu_trained = time.perf_counter(), time.process_time()
     pipeline = load(_base_pipeline(), result.folder.root)
     answers = measure_tuned(base, pipeline, subject_words(config.prompts))
     scores = tuned_scores(base, answers, reference)
@@ -139,6 +181,7 @@ def _train_and_measure(
             "training": trained - began - class_images,
             "of it steps": result.training_seconds,
             "class images": class_images,
+            "CPU of training and class images": cpu_trained - cpu_began,
             "evaluation": time.perf_counter() - trained,
         },
         "class images": sum(len(each.pictures) for each in result.class_images.values()),
@@ -215,15 +258,15 @@ def cell_key(cell: Cell, plan: Plan) -> str:
     if cell.method is not None:
         recipe = load_recipe(cell.method.recipe, cell.method.family)[1]
         method = {"recipe": recipe, "settings": plan.settings_of(cell.method)}
-    facts = [method, cell.noun, cell.seed, asdict(plan.evaluation), _fingerprint()]
+    subject = [FIRST_SUBJECT + cell.subject, cell.noun]
+    facts = [method, subject, cell.seed, asdict(plan.evaluation), _fingerprint()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
 def _fingerprint() -> str:
-    """Return a hash of the weights of the model and of the judge."""
-    folder = Path(judge.WEIGHTS).parent
-    files = sorted(folder.rglob("*.safetensors"))
+    """Return a hash of the files of the model and of the judge."""
+    files = sorted(path for path in judge.WEIGHTS.parent.rglob("*") if path.is_file())
     return "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
 

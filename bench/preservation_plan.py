@@ -32,7 +32,7 @@ LORA, PPT_LORA, LORA_PRIOR = "lora", "ppt-lora", "lora-prior"
 DREAMBOOTH, PPT_DREAMBOOTH = "dreambooth", "ppt-dreambooth"
 DREAMBOOTH_PRIOR, RARE_TOKEN = "dreambooth-prior", "rare-token"
 CUSTOM, TEXTUAL_INVERSION, DCO = "custom-diffusion", "textual-inversion", "dco"
-APT_BASE, APT = "apt-base", "apt"
+APT_BASE, APT_ATA, APT_ATA_RS, APT = "apt-base", "apt-ata", "apt-ata-rs", "apt"
 
 OBJECTIVES = "stage.0.objectives"
 ANCHOR_WEIGHT = f"{OBJECTIVES}.anchor.weight"
@@ -80,14 +80,22 @@ def apt_without(part: str, settings: Settings) -> Method:
     return Method(f"{APT} without {part}", APT, {**OF_APT, **settings})
 
 
-# Each switched off by itself. What draws augmented views is the weighting's indicator, so without
-# the one there is none of the other.
-APT_PARTS: tuple[Method, ...] = (
-    apt_without("weighting and views", {f"{OBJECTIVES}.denoising.weighting": "uniform"}),
-    apt_without("views", {f"{OBJECTIVES}.denoising.max_augmentation": 0.0}),
-    apt_without("features", {f"{OBJECTIVES}.feature_alignment.weight": 0.0}),
-    apt_without("attention", {f"{OBJECTIVES}.attention_alignment.weight": 0.0}),
+WITHOUT_ADAPTING = apt_without(
+    "adaptive adjustment", {f"{OBJECTIVES}.denoising.weighting": "uniform"}
 )
+WITHOUT_FEATURES = apt_without("features", {f"{OBJECTIVES}.feature_alignment.weight": 0.0})
+
+# The published ablation, each part added to those before it: methods without and with it.
+APT_ADDED = {
+    "adaptive adjustment": (APT_BASE, APT_ATA),
+    "features": (APT_ATA, APT_ATA_RS),
+    "attention": (APT_ATA_RS, APT),
+}
+# And each taken from the whole. Without attention that is apt-ata-rs, which is compared already.
+APT_TAKEN = {
+    "adaptive adjustment": (WITHOUT_ADAPTING.name, APT),
+    "features": (WITHOUT_FEATURES.name, APT),
+}
 
 METHODS: tuple[Method, ...] = (
     Method(LORA, "lora", OF_LORA, anchor_weight=0.0),
@@ -124,9 +132,9 @@ METHODS: tuple[Method, ...] = (
         {**OF_WORD, "stage.0.gradient_accumulation": 1},
     ),
     Method(DCO, "dco", {**OF_LORA, **OF_WORD}),
-    Method(APT_BASE, "apt-base", OF_APT),
-    Method(APT, "apt", OF_APT),
-    *APT_PARTS,
+    *(Method(name, name, OF_APT) for name in (APT_BASE, APT_ATA, APT_ATA_RS, APT)),
+    WITHOUT_ADAPTING,
+    WITHOUT_FEATURES,
 )
 
 

@@ -25,7 +25,10 @@ BASE = "base"
 
 
 def draw_trade(rows: Sequence[Row], path: Path) -> None:
-    """Draw subject fidelity against drift, the sweep as a line, and the time that each takes."""
+    """Draw subject fidelity against drift, the sweep as a line, and the time that each takes.
+
+    Points have the numbers of the methods beside the times: their names would cover one another.
+    """
     # Not pyplot: that has a state and a backend, which are the user's.
     figure = Figure(figsize=(15.0, 11.0), dpi=DPI, layout="constrained")
     *trades, times = figure.subplots(2, 2).flat
@@ -84,30 +87,38 @@ def _draw_points(axes: Axes, rows: Sequence[Row], drift: str) -> None:
     if line:
         axes.plot(*zip(*line, strict=True), color="tab:green", linewidth=1, label="anchor weight")
     for index, (row, (x, y)) in enumerate(zip(tuned, points, strict=True)):
-        color = colormaps["tab20"](index % 20)
+        color = _color(index)
         reach = {"xerr": _half(row, drift), "yerr": _half(row, FIDELITY)}
-        axes.errorbar(x, y, **reach, fmt="o", color=color, capsize=2, elinewidth=0.7)
-        name = row["method"].replace("ppt-lora, weight ", "")
-        name += " (0)" * (drift in LOGARITHMIC and _mean(row, drift) == 0)
-        axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        axes.errorbar(x, y, **reach, fmt="o", color=color, markersize=5, elinewidth=0.5)
+        name = f"{index + 1}" + " (0)" * (drift in LOGARITHMIC and _mean(row, drift) == 0)
+        near = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold"}
+        axes.annotate(name, (x, y), (4, 4), color=color, **near)
     if base:
         axes.axhline(_mean(base[0], FIDELITY), color="black", linestyle=":", label="base")
     if drift in LOGARITHMIC:
         axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", labelsize=6)
     axes.legend(fontsize="small", loc="lower right")
 
 
 def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     tuned = [row for row in rows if "training" in row["seconds"]]
-    names = [row["method"] for row in tuned]
+    names = [f"{row['method']}  {number}" for number, row in enumerate(tuned, start=1)]
     training = [row["seconds"]["training"]["mean"] for row in tuned]
     drawing = [row["seconds"]["class images"]["mean"] for row in tuned]
     axes.barh(names, training, color="tab:blue", label="training")
     axes.barh(names, drawing, left=training, color="tab:orange", label="class images")
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
+    axes.tick_params(axis="y", labelsize=9)
+    for index, label in enumerate(axes.get_yticklabels()):
+        label.set(color=_color(index), fontweight="bold")
     axes.set_xlabel("wall clock, s")
     axes.legend(fontsize="small")
+
+
+def _color(index: int) -> tuple[float, ...]:
+    """Return one of ten colours, none so light that a number in it could not be read."""
+    return colormaps["tab10"](index % 10)
 
 
 def _mean(row: Row, name: str) -> float:

@@ -41,7 +41,7 @@ def console_table(rows: Sequence[Row]) -> Table:
         numbers = [_cell(row["numbers"], name, NUMBERS[name][1]) for name in SHORT]
         seconds = row["seconds"]
         spent = sum(seconds[name]["mean"] for name in SECONDS if name in seconds)
-        table.add_row(row["method"], *numbers, f"{spent:.1f}")
+        table.add_row(row["method"], *numbers, f"{spent:.1f}" if spent else "")
     return table
 
 

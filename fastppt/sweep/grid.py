@@ -93,8 +93,8 @@ def make_grid(
 
 
 def run_folder(output: Path, weight: float) -> Path:
-    """Return the folder of one weight's run."""
-    return output / f"weight-{weight:g}"
+    """Return the folder of one weight's run, such as ``weight-0.001``; no two weights share one."""
+    return output / f"weight-{repr(weight).removesuffix('.0')}"
 
 
 def shared_settings(config: RunConfig) -> Table:

@@ -62,13 +62,13 @@ def subject_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def parameter_drift(rows: Sequence[Mapping[str, Any]], weight: float) -> float | None:
-    """Return ||theta - theta_0|| as the anchor measures it, before the last step.
+    """Return ||theta - theta_0|| as the anchor measures it, before the last of its stage's steps.
 
     Its penalty is weight * ||theta - theta_0||^2: for LoRA in the effective form over the network's
     weights, otherwise over what is trained.
 
     Args:
-        rows: Of metrics.jsonl.
+        rows: Of metrics.jsonl, those of the last stage that has an anchor.
         weight: Of the anchor.
 
     Returns:

@@ -99,8 +99,10 @@ def run_sweep(grid: Sequence[Point], output: Path, console: Console) -> Sweep:
     with lock_output(output, console):
         settings = shared_settings(grid[0].config)
         outcomes = _read_outcomes(output, settings)
+        if not outcomes:
+            # Before the first run: whatever ends that, this says what it was trained by.
+            _write(output, settings, Sweep([], {}))
         base: Predictions | None = None
-        new = False
         for number, point in enumerate(grid, start=1):
             folder = run_folder(output, point.weight)
             console.print(f"weight {point.weight:g} ({number} of {len(grid)}): {folder}")
@@ -110,10 +112,10 @@ def run_sweep(grid: Sequence[Point], output: Path, console: Console) -> Sweep:
             base, tuned = predict_both(point.config, folder, base)
             outcomes[point.weight] = _outcome(point, folder, base, tuned)
             _write(output, settings, Sweep(_ordered(outcomes), {}))
-            new = True
             _free_memory()
         sweep = Sweep([outcomes[point.weight] for point in grid], _read_base(output))
-        if new or not sweep.base:
+        # A sweep may have been ended after its last run and before its judgement.
+        if not sweep.base or any(not outcome.judged for outcome in sweep.outcomes):
             sweep = _judge(grid, sweep, output, console)
         everything = outcomes | {outcome.weight: outcome for outcome in sweep.outcomes}
         _write(output, settings, Sweep(_ordered(everything), sweep.base))
@@ -123,14 +125,21 @@ def run_sweep(grid: Sequence[Point], output: Path, console: Console) -> Sweep:
 def _train(point: Point, folder: Path, console: Console) -> bool:
     """Train a weight, or go on with it; say whether there was something to do."""
     if not RunFolder(folder).config.exists():
-        train(point.config, console)
+        try:
+            train(point.config, console)
+        except UserError:
+            if not _has_runs(folder.parent):
+                (folder.parent / RESULT_FILE).unlink()
+            raise
         return True
     return resume(folder, [], console) is not None
 
 
 def _outcome(point: Point, folder: Path, base: Predictions, tuned: Predictions) -> Outcome:
     rows = read_metrics(RunFolder(folder).metrics)
-    drift = parameter_drift(rows, point.weight)
+    stages = enumerate(point.config.stage)
+    held = max(index for index, stage in stages if stage.objectives.anchor is not None)
+    drift = parameter_drift([row for row in rows if row["stage"] == held], point.weight)
     noise = noise_differences(base, tuned)
     return Outcome(point.weight, folder.name, subject_loss(rows), drift, **noise, judged={})
 
@@ -189,7 +198,8 @@ def _read_outcomes(output: Path, settings: Table) -> dict[float, Outcome]:
         UserError: the folder holds a sweep of other settings; the first that differs is named.
     """
     table = _read(output)
-    if not table:
+    # Without a run the folder holds no more than a wish.
+    if not table or not _has_runs(output):
         return {}
     wanted, found = (_flat(each) for each in (settings, table["settings"]))
     for key in sorted(wanted.keys() | found.keys()):
@@ -200,6 +210,11 @@ def _read_outcomes(output: Path, settings: Table) -> dict[float, Outcome]:
             )
     outcomes: dict[float, Outcome] = table["outcomes"]
     return outcomes
+
+
+def _has_runs(output: Path) -> bool:
+    """Say whether a run has begun in the folder of a sweep."""
+    return any(RunFolder(folder).config.exists() for folder in output.glob("weight-*"))
 
 
 def _read_base(output: Path) -> dict[str, float]:

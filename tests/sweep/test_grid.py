@@ -9,7 +9,7 @@ import pytest
 
 from fastppt.config_io import build_config, stage_tables
 from fastppt.errors import UserError
-from fastppt.sweep.grid import Point, make_grid, parse_weights, shared_settings
+from fastppt.sweep.grid import Point, make_grid, parse_weights, run_folder, shared_settings
 
 
 def grid(
@@ -54,6 +54,14 @@ def test_each_weight_has_a_folder_and_nothing_else_of_its_own() -> None:
     first, *others = (shared_settings(point.config) for point in points)
     assert all(other == first for other in others)
     assert first != shared_settings(build_config("ppt-lora"))
+
+
+def test_weights_that_nearly_agree_have_folders_of_their_own() -> None:
+    near = (0.12345671, 0.12345672, 1234567.0, 1234568.0)
+    assert len({run_folder(Path("out"), weight) for weight in near}) == 4
+    names = {0.0: "0", 1e-5: "1e-05", 1e-3: "0.001", 100.0: "100", 1e16: "1e+16"}
+    for weight, name in names.items():
+        assert run_folder(Path("out"), weight) == Path(f"out/weight-{name}")
 
 
 def test_every_stage_with_an_anchor_takes_the_weight(tmp_path: Path) -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fastppt.cli import app
+from fastppt.config import RunConfig
+from fastppt.errors import UserError
 from fastppt.sweep import runs
+from fastppt.sweep.grid import Point, run_folder
+from fastppt.sweep.measures import Predictions
+
+MakeConfig = Callable[..., RunConfig]
 
 
 def sweep(photos: Path, output: Path, *more: object, weights: str = "0.1,100") -> Result:
@@ -68,6 +78,93 @@ def test_a_sweep_trains_measures_and_goes_on_with_more_weights(
     assert other.exit_code == 2
     assert "holds a sweep with seed = 0, and this one has 5" in " ".join(other.output.split())
     assert modified(output) == before
+
+
+def begin(config: RunConfig) -> None:
+    """Do what a run does first."""
+    assert config.output is not None
+    config.output.mkdir(parents=True)
+    (config.output / "config.toml").write_text("")
+
+
+def points(make_config: MakeConfig, output: Path, **settings: Any) -> list[Point]:
+    return [
+        Point(weight, make_config("ppt-lora", output=str(run_folder(output, weight)), **settings))
+        for weight in (0.1, 100.0)
+    ]
+
+
+def test_a_first_run_that_was_killed_is_not_gone_on_with_by_other_settings(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(config: RunConfig, console: Console) -> None:
+        begin(config)
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(runs, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_sweep(points(make_config, output), output, Console(quiet=True))
+    assert read(output)["outcomes"] == []
+    monkeypatch.setattr(runs, "resume", lambda *_: pytest.fail("went on"))
+    with pytest.raises(UserError, match=r"holds a sweep with seed = .*, and this one has 5"):
+        runs.run_sweep(points(make_config, output, seed=5), output, Console(quiet=True))
+
+
+def test_a_first_run_that_is_refused_leaves_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: RunConfig, console: Console) -> None:
+        raise UserError("photos: found none")
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(runs, "train", refuse)
+    with pytest.raises(UserError, match="found none"):
+        runs.run_sweep(points(make_config, output), output, Console(quiet=True))
+    assert not output.exists()
+
+
+def test_a_sweep_that_was_killed_before_its_judgement_is_judged(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[runs.Sweep] = []
+    output, nothing = tmp_path / "out", Predictions(torch.zeros(1), torch.zeros(1))
+
+    def judge(grid: Any, sweep: runs.Sweep, *_: Any) -> runs.Sweep:
+        judged.append(sweep)
+        told = [
+            runs.Outcome(**{**vars(each), "judged": {"other_all": 1.0}}) for each in sweep.outcomes
+        ]
+        return runs.Sweep(told, {"other_all": 1.0})
+
+    monkeypatch.setattr(runs, "train", lambda config, _: begin(config))
+    monkeypatch.setattr(runs, "resume", lambda *_: None)
+    monkeypatch.setattr(runs, "predict_both", lambda *_: (nothing, nothing))
+    monkeypatch.setattr(runs, "read_metrics", lambda _: [{"stage": 0, "anchor": 1.0}])
+    monkeypatch.setattr(runs, "_judge", judge)
+    grid = points(make_config, output)
+    runs.run_sweep(grid, output, Console(quiet=True))
+    runs.run_sweep(grid, output, Console(quiet=True))
+    assert len(judged) == 1
+    # As if killed between the second run and its judgement.
+    table = read(output)
+    table["outcomes"][1]["judged"] = {}
+    (output / "sweep.json").write_text(json.dumps(table))
+    runs.run_sweep(grid, output, Console(quiet=True))
+    assert len(judged) == 2 and all(row["judged"] for row in read(output)["outcomes"])
+
+
+def test_the_distance_is_that_of_the_last_stage_that_is_held(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = make_config("ppt-lora", output=str(tmp_path))
+    free = make_config("lora", output=str(tmp_path))
+    config = held.model_copy(update={"stage": (*held.stage, *free.stage)})
+    rows = [{"stage": 0, "anchor": 0.36}, {"stage": 1, "anchor": 0.0}]
+    monkeypatch.setattr(runs, "read_metrics", lambda _: rows)
+    nothing = Predictions(torch.zeros(1), torch.zeros(1))
+    found = runs._outcome(Point(0.04, config), tmp_path, nothing, nothing)
+    assert found.parameter_drift == pytest.approx(3.0)
 
 
 @pytest.mark.slow
