@@ -258,7 +258,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=8, help="Pictures a set of prompts.")] = 64,
     sampler_steps: Annotated[int, typer.Option(min=1, help="Sampler steps of a picture.")] = 20,
     guidance_scale: Annotated[
-        float, typer.Option(min=0.0, help="Classifier-free guidance scale.")
+        float, typer.Option(min=0.0, max=100.0, help="Classifier-free guidance scale.")
     ] = 4.0,
     seed: Annotated[
         int, typer.Option(min=0, max=10**9, help="The same seed asks and draws the same.")
@@ -277,15 +277,19 @@ def evaluate(
             from fastppt.evaluation.exam import EvaluationSettings
             from fastppt.evaluation.report import make_table, write_reports
             from fastppt.evaluation.runs import evaluate_runs
+            from fastppt.outputs.lock import check_place
 
+        if output is not None:
+            check_place(output)
         console = SafeConsole()
         settings = EvaluationSettings(samples, sampler_steps, guidance_scale, seed)
         with raised_at_once(NOT_DONE):
             evaluation = evaluate_runs(
                 runs, settings, photos, lambda line: console.print(line, markup=False)
             )
+            # First: minutes of measuring are not lost where a file cannot be written.
+            console.print(make_table(evaluation))
             paths = write_reports(evaluation, output)
-        console.print(make_table(evaluation))
         for path in paths:
             print(printable(str(path)))
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastppt.evaluation.autoencoder import encode
 from fastppt.evaluation.drift import effective_weights, predict_noise
 from fastppt.evaluation.prompts import Asked, class_prompts, other_prompts, subject_prompts
 from fastppt.mini.judge import Judge, Verdict
-from fastppt.mini.prompt_following import BATCH, Sampling, draw_pictures, render_pictures
+from fastppt.mini.prompt_following import Sampling, draw_pictures, read, render_pictures
 from fastppt.mini.world import NOUNS, Scene, caption, random_scene
 
 SUBJECT, CLASS, OTHER = "subject", "class", "other"
@@ -38,7 +37,7 @@ class EvaluationSettings:
         seed: Of prompts, pictures and scenes.
     """
 
-    samples: int = 96
+    samples: int = 64
     sampler_steps: int = 20
     guidance_scale: float = 4.0
     seed: int = 0
@@ -155,15 +154,6 @@ def draw(
         [each.prompt for each in asked],
         Sampling(settings.sampler_steps, settings.guidance_scale),
         seed=(6 * settings.seed + place) * SEEDS_A_SET,
-    )
-
-
-@torch.inference_mode()
-def read(judge: Judge, pictures: Tensor) -> Verdict:
-    """Let the judge read pictures [N, 3, 64, 64] in -1 to 1, `BATCH` at a time."""
-    parts = [judge(part) for part in pictures.split(BATCH)]
-    return Verdict(
-        *(torch.cat(each) for each in zip(*(vars(p).values() for p in parts), strict=True))
     )
 
 

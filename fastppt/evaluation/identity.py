@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fastppt.evaluation.autoencoder import decode, encode
-from fastppt.evaluation.exam import read
 from fastppt.mini.judge import Judge
-from fastppt.mini.prompt_following import render_pictures
+from fastppt.mini.prompt_following import read, render_pictures
 from fastppt.mini.world import random_scene, random_subject
 
 NUM_SUBJECTS, NUM_QUERIES = 20, 4

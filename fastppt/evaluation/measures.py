@@ -19,15 +19,13 @@ from fastppt.evaluation.exam import (
     EvaluationSettings,
     Exam,
     draw,
-    read,
     set_exam,
     take_exam,
 )
 from fastppt.evaluation.identity import Reference
 from fastppt.evaluation.intervals import Score, mean, share
-from fastppt.evaluation.prompts import Asked
 from fastppt.mini.judge import Judge, Verdict
-from fastppt.mini.world import COLORS, NOUNS, PLACES, STYLES
+from fastppt.mini.prompt_following import answers_right, read
 
 Better = Literal["higher", "lower"]
 
@@ -128,7 +126,8 @@ def base_scores(base: Base, reference: Reference) -> dict[str, Score]:
     """Return the base's own numbers.
 
     In the place of a distance from the base stands that between two sets of its own pictures, of
-    the same prompts and other seeds: what chance alone makes of it.
+    the same prompts and other seeds. That is a scale and no floor: a tuned model draws from the
+    base's seeds, so one that has not moved has none at all.
 
     Args:
         base: As of `measure_base`.
@@ -185,34 +184,8 @@ def _own_scores(answers: Answers, reference: Reference) -> dict[str, Score]:
     }
 
 
-def answers_right(asked: list[Asked], verdict: Verdict) -> dict[str, Tensor]:
-    """Say of each picture whether the judge reads in it what was asked for.
-
-    Args:
-        asked: The prompts.
-        verdict: On their pictures.
-
-    Returns:
-        ``noun``, ``color``, ``context``, ``style``: [N] bool. A colour that was not asked for is
-        not right.
-    """
-    colors = tuple(COLORS)
-    wanted = {
-        "noun": [NOUNS.index(each.noun) for each in asked],
-        "color": [-1 if each.color is None else colors.index(each.color) for each in asked],
-        "context": [PLACES.index(each.context) for each in asked],
-        "style": [STYLES.index(each.style) for each in asked],
-    }
-    logits = {
-        "noun": verdict.nouns,
-        "color": verdict.colors,
-        "context": verdict.contexts,
-        "style": verdict.styles,
-    }
-    return {name: logits[name].argmax(dim=1) == torch.tensor(each) for name, each in wanted.items()}
-
-
 def _distribution_scores(name: str, base: Verdict, tuned: Verdict) -> dict[str, Score]:
+    """The intervals of precision and recall are those for the manifolds as they are."""
     distance = frechet_distance(base.features, tuned.features)
     return {
         f"{name}_frechet": Score(distance, count=len(tuned.features)),

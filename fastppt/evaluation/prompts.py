@@ -1,6 +1,7 @@
 """What a model is asked to draw: prompts whose answers are known.
 
-No run has been trained on any of them: photos are trained with a prompt that names no place.
+No run has been trained on any of them, unless its captions say so: by themselves photos are trained
+with a prompt that names no place.
 """
 
 from __future__ import annotations

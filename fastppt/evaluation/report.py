@@ -98,9 +98,11 @@ def make_table(evaluation: Evaluation) -> Table:
     threshold = evaluation.reference.threshold
     table = Table(
         caption=(
-            f"{count} pictures a set of prompts, of the same seeds; ± half of a 95 % interval; "
+            f"{count} pictures a set of prompts, of the same seeds; ± the farther end of a 95 % "
+            "interval over pictures, not over trainings; "
             "↑ higher is better, ↓ lower. Distances, precision, recall and differences are to the "
-            "base; in its own column they are those of two sets of its pictures, of other seeds. "
+            "base; its own column has those of two sets of its pictures, of other seeds: a scale, "
+            "for a run that has not moved has 0 and 100 %. "
             f"A picture shows the subject from a likeness of {threshold:.2f} on (wrong for "
             f"{evaluation.reference.error_rate:.1%} of rendered scenes)."
         ),
@@ -137,7 +139,8 @@ def draw_grid(evaluation: Evaluation) -> Image.Image:
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=FONT_SIZE)
     for column, name in enumerate(("base", *column_names(evaluation.runs))):
         left = LABEL_WIDTH + column * (CELL + MARGIN)
-        pen.text((left, MARGIN), name[: CELL // 8], fill="black", font=font)
+        # The end: there the paths, and often the names, of runs differ.
+        pen.text((left, MARGIN), name[-CELL // 8 :], fill="black", font=font)
     for row, (name, index) in enumerate(rows):
         top = head + row * (CELL + MARGIN)
         # As the runs are asked.
@@ -177,6 +180,7 @@ def _cell(measure: Measure, score: Score | None) -> str:
     factor, digits = (100, ".0f") if measure.percent else (1, ".3g")
     text = f"{factor * score.value:{digits}}"
     if score.low is not None and score.high is not None:
-        half = factor * (score.high - score.low) / 2
-        text += f" ± {half:{'.0f' if measure.percent else '.1g'}}"
+        # An interval need not be as long on both sides: that of 0 of 8 ends at 0 and at 32 %.
+        reach = factor * max(score.high - score.value, score.value - score.low)
+        text += f" ± {reach:{'.0f' if measure.percent else '.1g'}}"
     return f"{text} %" if measure.percent else text

@@ -193,9 +193,21 @@ def _pipeline() -> Any:
 
 
 def _tuned_pipeline(folder: Path) -> Any:
+    """Load the base's pipeline anew, and put into it what a run has trained.
+
+    Raises:
+        UserError: it does not fit.
+    """
     # diffusers says of a LoRA of the network that it has no part for the text encoders.
     with quiet_truncation():
-        return load(_pipeline(), folder)
+        try:
+            return load(_pipeline(), folder)
+        # Of torch, for adapters of other shapes.
+        except RuntimeError as error:
+            raise UserError(
+                f"{folder}: does not fit the {WORLD_MODEL} of this version of fastppt, so it was "
+                f"trained on that of another; train it again ({str(error).splitlines()[0]})"
+            ) from None
 
 
 @contextmanager

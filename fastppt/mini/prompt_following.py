@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastppt.mini.judge import Judge
+from fastppt.mini.judge import Judge, Verdict
 from fastppt.mini.world import (
     COLORS,
     IMAGE_SIZE,
@@ -44,6 +44,26 @@ class Sampling:
 
     steps: int = 20
     guidance_scale: float = 4.0
+
+
+class Wanted(Protocol):
+    """What a picture is to show, such as a `Scene`."""
+
+    @property
+    def noun(self) -> str:
+        """One of `NOUNS`."""
+
+    @property
+    def color(self) -> str | None:
+        """One of `COLORS`; None where none is asked for."""
+
+    @property
+    def context(self) -> str:
+        """One of `PLACES`."""
+
+    @property
+    def style(self) -> str:
+        """One of `STYLES`."""
 
 
 def draw_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -95,6 +115,38 @@ def render_pictures(scenes: Sequence[Scene]) -> Tensor:
 
 
 @torch.inference_mode()
+def read(judge: Judge, pictures: Tensor) -> Verdict:
+    """Let the judge read pictures [N, 3, 64, 64] in -1 to 1, `BATCH` at a time."""
+    parts = [vars(judge(part)).values() for part in pictures.split(BATCH)]
+    return Verdict(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def answers_right(wanted: Sequence[Wanted], verdict: Verdict) -> dict[str, Tensor]:
+    """Say of each picture whether the judge reads in it what it was to show.
+
+    Args:
+        wanted: What it was, [N].
+        verdict: On the pictures.
+
+    Returns:
+        "noun", "color", "context", "style": [N] bool. A colour that was not asked for is not right.
+    """
+    colors = tuple(COLORS)
+    answers = {
+        "noun": (verdict.nouns, [NOUNS.index(each.noun) for each in wanted]),
+        "color": (
+            verdict.colors,
+            [-1 if each.color is None else colors.index(each.color) for each in wanted],
+        ),
+        "context": (verdict.contexts, [PLACES.index(each.context) for each in wanted]),
+        "style": (verdict.styles, [STYLES.index(each.style) for each in wanted]),
+    }
+    return {
+        question: logits.argmax(dim=1) == torch.tensor(right)
+        for question, (logits, right) in answers.items()
+    }
+
+
 def read_answers(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Say of each picture what of a scene the judge finds in it.
 
@@ -106,19 +158,7 @@ def read_answers(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> dic
     Returns:
         Bool [N] by question: "noun", "color", "context", "style", and `ALL_THREE`.
     """
-    verdicts = [judge(part) for part in pictures.split(BATCH)]
-    colors = tuple(COLORS)
-    asked = {
-        "noun": [NOUNS.index(scene.noun) for scene in scenes],
-        "color": [colors.index(str(scene.color)) for scene in scenes],
-        "context": [PLACES.index(scene.context) for scene in scenes],
-        "style": [STYLES.index(scene.style) for scene in scenes],
-    }
-    right = {
-        question: torch.cat([getattr(verdict, f"{question}s") for verdict in verdicts]).argmax(1)
-        == torch.tensor(answers)
-        for question, answers in asked.items()
-    }
+    right = answers_right(scenes, read(judge, pictures))
     return right | {ALL_THREE: right["noun"] & right["color"] & right["context"]}
 
 

@@ -18,8 +18,10 @@ ABAR = torch.linspace(0.999, 0.01, 1000)
 def perfect_pipeline(latents: Tensor, prediction_type: str, seen: list[Tensor]) -> Any:
     """A pipeline whose network knows the scenes, and so finds their noise without error."""
 
-    def unet(noised: Tensor, timesteps: Tensor, **_: object) -> Any:
+    def unet(noised: Tensor, timesteps: Tensor, *, added_cond_kwargs: Any, **_: object) -> Any:
         seen.append(timesteps)
+        # Original size, corner of the crop, target size, as the pipeline itself says them.
+        assert added_cond_kwargs["time_ids"].unique(dim=0).tolist() == [[16, 16, 0, 0, 16, 16]]
         signal, remains = (part[timesteps].sqrt()[:, None, None, None] for part in (ABAR, 1 - ABAR))
         noise = (noised - signal * latents) / remains
         velocity = signal * noise - remains * latents
