@@ -22,7 +22,11 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write;
 File = Annotated[Path, typer.Argument(metavar="FILE", help="File to write; ends in .safetensors.")]
 Model = Annotated[MiniModel, typer.Option(help="Which of the mini models.")]
 Noun = Annotated[str, typer.Option(help="What the subject is: a robot, a cat, a chair ...")]
-SubjectSeed = Annotated[int, typer.Option(min=0, help="Another number is another subject.")]
+# The judge's training begins with the next one.
+LAST_SUBJECT = 999_999
+SubjectSeed = Annotated[
+    int, typer.Option(min=0, max=LAST_SUBJECT, help="Another number is another subject.")
+]
 Count = Annotated[int, typer.Option(min=1, help="How many photos.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed writes the same files.")]
 WeightSeed = Annotated[

@@ -1,7 +1,9 @@
 """The judge: a small network that reads what a picture of the mini world shows.
 
-It was trained on rendered scenes alone, never on a generated picture, so its verdict on a model is
-independent of every model. What it gets right on scenes held out from its training is tested.
+It was trained on rendered scenes alone, never on a generated picture, so it has learned nothing of
+any model. One model has learned of it: the decoder of mini-sdxl was trained to bring back the
+judge's lower feature maps of a scene, beside its pixels. What the judge gets right on scenes held
+out from its training is tested.
 """
 
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastppt.errors import UserError
 from fastppt.mini.world import COLORS, NOUNS, PLACES, STYLES
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
@@ -116,7 +120,17 @@ def _convolution(width_in: int, width_out: int, size: int, stride: int = 1) -> n
 
 @cache
 def load_judge() -> Judge:
-    """Load the trained judge, float32, on the CPU, in evaluation mode."""
+    """Load the trained judge, float32, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: its file is not there, or damaged.
+    """
     judge = Judge()
-    judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    try:
+        judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"judge: {WEIGHTS} cannot be loaded ({reason}); install the package again"
+        ) from error
     return judge.eval().requires_grad_(False)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.preservation_plan import FIRST_SUBJECT as BENCH_SUBJECT
+from bench.preservation_plan import NOUNS as BENCH_NOUNS
+from fastppt.errors import UserError
+from fastppt.evaluation.exam import SCENE_STREAM
+from fastppt.evaluation.identity import FIRST_SUBJECT as OTHER_SUBJECT
+from fastppt.evaluation.identity import NUM_SUBJECTS as NUM_OTHERS
+from fastppt.mini.__main__ import LAST_SUBJECT
 from fastppt.mini.judge import (
     EMBEDDING_WIDTH,
     FEATURE_WIDTH,
@@ -17,12 +26,15 @@ from fastppt.mini.judge import (
     Verdict,
     load_judge,
 )
+from fastppt.mini.photos import DEMO_SEED
 from fastppt.mini.pretrain.judge import as_tensor
 from fastppt.mini.pretrain.scenes import (
     FIRST_SUBJECT,
+    NUM_SUBJECT_SHARDS,
     NUM_WORLD_SHARDS,
     draw_world,
 )
+from fastppt.mini.prompt_following import PROMPT_STREAM
 from fastppt.mini.world import (
     COLORS,
     NOUNS,
@@ -70,8 +82,14 @@ def share_recognised(num_subjects: int, noun: str | None = None) -> float:
 
 
 def test_training_saw_none_of_the_scenes_and_subjects_that_are_tested() -> None:
-    assert HELD_OUT > NUM_WORLD_SHARDS
-    assert FIRST_SUBJECT > 100
+    assert max(NUM_WORLD_SHARDS, NUM_SUBJECT_SHARDS) < HELD_OUT
+    # Those of these tests, and those that runs are evaluated and compared by.
+    used = (100, DEMO_SEED, OTHER_SUBJECT + NUM_OTHERS, BENCH_SUBJECT + len(BENCH_NOUNS))
+    assert max(used) < FIRST_SUBJECT
+    # What the command draws photos of.
+    assert LAST_SUBJECT < FIRST_SUBJECT
+    # Streams 1 and 2 of the seeds below are the training's.
+    assert len({1, 2, PROMPT_STREAM, SCENE_STREAM}) == 4
 
 
 def test_weights_are_float16_and_at_most_a_megabyte() -> None:
@@ -86,6 +104,31 @@ def test_judge_is_loaded_once_for_reading() -> None:
     assert not judge.training
     assert not any(weight.requires_grad for weight in judge.parameters())
     assert {weight.dtype for weight in judge.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("keep", [None, 0, 1000, -1])
+def test_a_judge_that_is_missing_or_truncated_is_named(
+    keep: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "judge.safetensors"
+    if keep is not None:
+        file.write_bytes(WEIGHTS.read_bytes()[:keep])
+    monkeypatch.setattr("fastppt.mini.judge.WEIGHTS", file)
+    with pytest.raises(UserError, match="install the package again") as error:
+        load_judge.__wrapped__()
+    assert str(error.value).startswith(f"judge: {file} cannot be loaded (")
+    assert "\n" not in str(error.value)
+
+
+def test_a_judge_of_another_shape_is_refused(
+    untrained: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = untrained.state_dict()
+    del state["noun.bias"]
+    save_file(state, tmp_path / "judge.safetensors")
+    monkeypatch.setattr("fastppt.mini.judge.WEIGHTS", tmp_path / "judge.safetensors")
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*noun\.bias.*\)"):
+        load_judge.__wrapped__()
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])

@@ -16,6 +16,7 @@ from fastppt.mini.photos import (
     draw_demo_photos,
     draw_subject_photos,
 )
+from fastppt.mini.pretrain.scenes import FIRST_SUBJECT
 from fastppt.mini.world import NOUNS, PLACES, random_subject
 
 
@@ -124,6 +125,13 @@ def test_command_refuses_a_negative_number(tmp_path: Path, option: str) -> None:
     result = run(tmp_path / "new", option, -1)
     assert result.exit_code == 2
     assert option in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_refuses_a_subject_that_the_judge_has_learned(tmp_path: Path) -> None:
+    result = run(tmp_path / "new", "--subject", FIRST_SUBJECT)
+    assert result.exit_code == 2
+    assert "--subject" in result.output
     assert not (tmp_path / "new").exists()
 
 

@@ -15,6 +15,7 @@ import torch
 import typer
 from safetensors.torch import save
 
+from fastppt.errors import UserError
 from fastppt.mini.judge import WEIGHTS, Judge
 from fastppt.mini.pretrain.judge import train_judge
 from fastppt.mini.pretrain.scenes import Scenes, load_shards, make_shards
@@ -31,28 +32,42 @@ PARTS: tuple[Part, ...] = get_args(Part)
 def main(
     work: Annotated[Path, typer.Option(help="Folder of the scenes and of what is half done.")],
     only: Annotated[
-        Part | None, typer.Option(help="This part alone; the ones before are done.")
+        Part | None, typer.Option(help="This part, after the training that it needs.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long; run again to go on.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the weights are written.")] = WEIGHTS.parent,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
+    ] = "auto",
 ) -> None:
     """Train the judge and mini-sdxl on the mini world; a run that was stopped goes on."""
     torch.set_num_threads(1)
-    pretraining = Pretraining(work, output, Deadline(minutes))
     try:
+        pretraining = Pretraining(work, output, Deadline(minutes), _device_of(device))
         for part in PARTS if only is None else (only,):
             pretraining.run(part)
     except OutOfTimeError as stopped:
         typer.echo(f"{stopped}. Run the command again to go on.")
+    except UserError as error:
+        typer.echo(f"pretrain: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is found; leave the option out to train on the CPU")
+    return torch.device(name)
 
 
 class Pretraining:
     """The parts, each of which goes on where it stopped and reads what those before it left."""
 
-    def __init__(self, work: Path, output: Path, deadline: Deadline) -> None:
-        self.work, self.output, self.deadline = work, output, deadline
+    def __init__(self, work: Path, output: Path, deadline: Deadline, device: torch.device) -> None:
+        self.work, self.output, self.deadline, self.device = work, output, deadline, device
 
     def run(self, part: Part) -> None:
         """Do one part.
@@ -77,7 +92,9 @@ class Pretraining:
 
     def judge(self) -> Judge:
         """Return the trained judge."""
-        return train_judge(self.scenes("world"), self.scenes("subjects"), self.work, self.deadline)
+        return train_judge(
+            self.scenes("world"), self.scenes("subjects"), self.work, self.deadline, self.device
+        )
 
     def vae(self) -> "StableDiffusionXLPipeline":
         """Return the pipeline with its encoder trained."""
@@ -85,7 +102,7 @@ class Pretraining:
         from fastppt.mini.sdxl import build_mini_sdxl
 
         pipeline = build_mini_sdxl(seed=0)
-        train_vae(pipeline.vae, self._all_pixels(), self.work, self.deadline)
+        train_vae(pipeline.vae, self._all_pixels(), self.work, self.deadline, self.device)
         return pipeline
 
     def network(self) -> "StableDiffusionXLPipeline":
@@ -93,8 +110,8 @@ class Pretraining:
         from fastppt.mini.pretrain.network import encode_scenes, train_network
 
         pipeline, world = self.vae(), self.scenes("world")
-        latents = encode_scenes(pipeline.vae, world.pixels, self.work / "latents.safetensors")
-        train_network(pipeline, latents, world, self.work, self.deadline)
+        latents = encode_scenes(pipeline.vae, world.pixels, self.work, self.device)
+        train_network(pipeline, latents, world, self.work, self.deadline, device=self.device)
         return pipeline
 
     def decoder(self) -> "StableDiffusionXLPipeline":
@@ -102,7 +119,8 @@ class Pretraining:
         from fastppt.mini.pretrain.vae import train_decoder
 
         pipeline, judge = self.vae(), self.judge()
-        train_decoder(pipeline.vae, judge, self._all_pixels(), self.work, self.deadline)
+        pixels = self._all_pixels()
+        train_decoder(pipeline.vae, judge, pixels, self.work, self.deadline, self.device)
         return pipeline
 
     def weights(self) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastppt.mini.judge import Judge, Verdict
 from fastppt.mini.pretrain.scenes import VIEWS, Scenes
-from fastppt.mini.pretrain.training import Deadline, Schedule, train
+from fastppt.mini.pretrain.training import CPU, Deadline, Schedule, train
 
 SCHEDULE = Schedule(num_steps=2500, learning_rate=2e-3, weight_decay=0.02)
 
@@ -20,7 +20,9 @@ TEMPERATURE = 0.1
 """Of the cosines in the loss of identity."""
 
 
-def train_judge(world: Scenes, subjects: Scenes, work: Path, deadline: Deadline) -> Judge:
+def train_judge(
+    world: Scenes, subjects: Scenes, work: Path, deadline: Deadline, device: torch.device = CPU
+) -> Judge:
     """Train the judge, or go on with it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -33,13 +35,14 @@ def train_judge(world: Scenes, subjects: Scenes, work: Path, deadline: Deadline)
         views = torch.rand(NUM_SUBJECTS, VIEWS, generator=generator).argsort(1)[:, 1:]
         shown = (chosen[:, None] * VIEWS + views).flatten().numpy()
         pixels = np.concatenate([world.pixels[plain], subjects.pixels[shown]])
-        with torch.autocast("cpu", torch.bfloat16):
-            verdict = judge(_disturbed(as_tensor(pixels), generator))
+        with torch.autocast(device.type, torch.bfloat16):
+            verdict = judge(_disturbed(as_tensor(pixels), generator).to(device))
+        identities = torch.from_numpy(subjects.subjects[shown]).to(device)
         return _heads_loss(verdict, world, plain, subjects, shown) + identity_loss(
-            verdict.embedding[NUM_WORLD:].float(), torch.from_numpy(subjects.subjects[shown])
+            verdict.embedding[NUM_WORLD:].float(), identities
         )
 
-    train("judge", {"judge": judge}, loss_of, SCHEDULE, work, deadline, seed=1)
+    train("judge", {"judge": judge}, loss_of, SCHEDULE, work, deadline, seed=1, device=device)
     return judge
 
 
@@ -55,7 +58,7 @@ def identity_loss(embedding: Tensor, subjects: Tensor) -> Tensor:
         subjects: Which subject each shows, [B].
     """
     cosines = embedding @ embedding.T / TEMPERATURE
-    itself = torch.eye(len(subjects), dtype=torch.bool)
+    itself = torch.eye(len(subjects), dtype=torch.bool, device=subjects.device)
     logs = F.log_softmax(cosines.masked_fill(itself, float("-inf")), dim=1)
     same = (subjects[:, None] == subjects[None]) & ~itself
     return -logs[same].mean()
@@ -72,9 +75,8 @@ def _heads_loss(
     """Cross entropies; a subject's colour has no name."""
 
     def both(name: str) -> Tensor:
-        return torch.from_numpy(
-            np.concatenate([getattr(world, name)[plain], getattr(subjects, name)[shown]])
-        )
+        truth = np.concatenate([getattr(world, name)[plain], getattr(subjects, name)[shown]])
+        return torch.from_numpy(truth).to(verdict.nouns.device)
 
     return (
         F.cross_entropy(verdict.nouns.float(), both("nouns"))

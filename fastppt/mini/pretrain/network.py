@@ -1,5 +1,6 @@
 """How the UNet and the text encoders are trained on the latents of the world's scenes."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from fastppt.mini.contexts import CONTEXTS
 from fastppt.mini.pretrain.judge import as_tensor
 from fastppt.mini.pretrain.scenes import Scenes
-from fastppt.mini.pretrain.training import Deadline, Schedule, train
+from fastppt.mini.pretrain.training import CPU, Deadline, Schedule, train
 from fastppt.mini.tokenizer import WORDS
 from fastppt.mini.world import COLORS, IMAGE_SIZE, NOUNS, PLACES, STYLES
 from fastppt.objectives.denoising import min_snr_weights
 from fastppt.outputs.files import write_file
 
-SCHEDULE = Schedule(num_steps=7000, learning_rate=1.2e-3, decay=0.5, average=0.999)
+SCHEDULE = Schedule(num_steps=5000, learning_rate=1.2e-3, decay=0.5, average=0.999)
 
 BATCH = 32
 
@@ -37,24 +38,36 @@ STRANGE_WORD = 0.15
 """Share of captions with a word that means nothing: a rare token then does not upset the rest."""
 
 
-def encode_scenes(vae: AutoencoderKL, pixels: np.ndarray, path: Path) -> Tensor:
-    """Return the latents of scenes and of their mirror images, made once.
+def encode_scenes(
+    vae: AutoencoderKL, pixels: np.ndarray, work: Path, device: torch.device = CPU
+) -> Tensor:
+    """Return the latents of scenes and of their mirror images, made once for each encoder.
 
     Args:
-        vae: Whose posterior means they are.
+        vae: Whose posterior means they are; on the CPU.
         pixels: RGB [N, 64, 64, 3], 8 bits.
-        path: Where they are kept.
+        work: Folder in which they are kept, under a name that says which encoder's they are.
+        device: Where they are encoded.
 
     Returns:
         [2, N, C, 16, 16], float16.
     """
+    encoder = {
+        name: value
+        for name, value in vae.state_dict().items()
+        if name.startswith(("encoder.", "quant_conv."))
+    }
+    path = work / f"latents-{hashlib.sha256(save(encoder)).hexdigest()[:12]}.safetensors"
     if not path.is_file():
+        vae.to(device)
+        parts = []
         with torch.no_grad():
-            parts = [
-                torch.stack([vae.encode(half).latent_dist.mean for half in (part, part.flip(3))])
-                for part in (as_tensor(pixels[at : at + 50]) for at in range(0, len(pixels), 50))
-            ]
-        write_file(path, save({"latents": torch.cat(parts, dim=1).half()}))
+            for at in range(0, len(pixels), 50):
+                part = as_tensor(pixels[at : at + 50]).to(device)
+                both = [vae.encode(half).latent_dist.mean for half in (part, part.flip(3))]
+                parts.append(torch.stack(both).half().cpu())
+        vae.to(CPU)
+        write_file(path, save({"latents": torch.cat(parts, dim=1)}))
     latents: Tensor = load_file(path)["latents"]
     return latents
 
@@ -91,10 +104,11 @@ def train_network(
     work: Path,
     deadline: Deadline,
     schedule: Schedule = SCHEDULE,
+    device: torch.device = CPU,
 ) -> None:
     """Train the UNet and both text encoders to predict the velocity, or go on with it.
 
-    L = mean over the batch of w_t ||v(z_t, t, c) - (sqrt(abar_t) e - sqrt(1 - abar_t) z)||^2
+    L = mean over B,C,H,W of w_t (v(z_t, t, c) - (sqrt(abar_t) e - sqrt(1 - abar_t) z))^2
 
     Source: velocity from arXiv 2202.00512, weights w_t from min-SNR (arXiv 2303.09556).
 
@@ -105,12 +119,14 @@ def train_network(
         work: Folder of the state.
         deadline: When to stop.
         schedule: How long and how fast.
+        device: Where they are trained.
     """
     unet, captions = pipeline.unet, Captions(scenes)
     abar = pipeline.scheduler.alphas_cumprod.float()
     weights = min_snr_weights(abar / (1 - abar), "v_prediction", SNR_GAMMA)
-    # The backward of a fused attention is slower on a CPU at these sizes.
-    unet.set_attn_processor(AttnProcessor())
+    if device == CPU:
+        # The backward of a fused attention is slower there at these sizes.
+        unet.set_attn_processor(AttnProcessor())
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index = torch.randint(latents.shape[1], (BATCH,), generator=generator)
@@ -123,24 +139,25 @@ def train_network(
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         prompts = [captions.draw(number, random) for number in index.tolist()]
         said = torch.rand(BATCH, generator=generator) > NO_PROMPT
-        with torch.autocast("cpu", torch.bfloat16):
+        said = said.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             tokens, pooled = encode_prompts(pipeline, prompts)
             predicted = unet(
-                signal * clean + remains * noise,
-                timesteps,
+                (signal * clean + remains * noise).to(device),
+                timesteps.to(device),
                 # An empty prompt is all zeros, as SDXL's pipeline has it.
                 tokens * said[:, None, None],
                 added_cond_kwargs={
                     "text_embeds": pooled * said[:, None],
-                    "time_ids": _draw_sizes(generator),
+                    "time_ids": _draw_sizes(generator).to(device),
                 },
             ).sample
-        squares = (predicted.float() - (signal * noise - remains * clean)).square()
-        weighted: Tensor = weights[timesteps] * squares.mean((1, 2, 3))
+        squares = (predicted.float() - (signal * noise - remains * clean).to(device)).square()
+        weighted: Tensor = weights[timesteps].to(device) * squares.mean((1, 2, 3))
         return weighted.mean()
 
     networks = {"unet": unet, "text": pipeline.text_encoder, "text_2": pipeline.text_encoder_2}
-    train("network", networks, loss_of, schedule, work, deadline, seed=4)
+    train("network", networks, loss_of, schedule, work, deadline, seed=4, device=device)
     unet.set_default_attn_processor()
 
 
@@ -158,7 +175,7 @@ def encode_prompts(
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
     ):
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-        output = encoder(ids.input_ids, output_hidden_states=True)
+        output = encoder(ids.input_ids.to(encoder.device), output_hidden_states=True)
         sides.append(output.hidden_states[-2])
         pooled = output[0]
     return torch.cat(sides, dim=-1), pooled

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from fastppt.errors import UserError
 from fastppt.mini.world import (
     COLORS,
     NOUNS,
@@ -76,8 +77,7 @@ def draw_subjects(first: int, count: int, views: int, seed: int) -> Scenes:
 
 def make_shards(folder: Path) -> None:
     """Render what is missing of the training scenes, one process a core."""
-    names = [f"world-{number:03d}" for number in range(NUM_WORLD_SHARDS)]
-    names += [f"subjects-{number:03d}" for number in range(NUM_SUBJECT_SHARDS)]
+    names = _shard_names("world") + _shard_names("subjects")
     missing = [name for name in names if not (folder / f"{name}.safetensors").is_file()]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for name in pool.map(_make_shard, [folder] * len(missing), missing):
@@ -85,14 +85,27 @@ def make_shards(folder: Path) -> None:
 
 
 def load_shards(folder: Path, kind: str) -> Scenes:
-    """Read all shards of a kind: ``world`` or ``subjects``."""
-    shards = [load_file(path) for path in sorted(folder.glob(f"{kind}-*.safetensors"))]
+    """Read all shards of a kind: ``world`` or ``subjects``.
+
+    Raises:
+        UserError: one is not there.
+    """
+    paths = [folder / f"{name}.safetensors" for name in _shard_names(kind)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: is not rendered yet; run --only scenes first")
+    shards = [load_file(path) for path in paths]
     return Scenes(
         **{
             field.name: np.concatenate([shard[field.name] for shard in shards])
             for field in fields(Scenes)
         }
     )
+
+
+def _shard_names(kind: str) -> list[str]:
+    count = NUM_WORLD_SHARDS if kind == "world" else NUM_SUBJECT_SHARDS
+    return [f"{kind}-{number:03d}" for number in range(count)]
 
 
 def _make_shard(folder: Path, name: str) -> str:

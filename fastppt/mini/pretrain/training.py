@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastppt.errors import UserError
 from fastppt.outputs.files import write_file
 
 
@@ -41,6 +42,9 @@ class Schedule:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * fall
 
 
+CPU = torch.device("cpu")
+
+
 class OutOfTimeError(Exception):
     """The piece's time is up; what is done is saved."""
 
@@ -64,25 +68,31 @@ def train(
     work: Path,
     deadline: Deadline,
     seed: int,
+    device: torch.device = CPU,
 ) -> None:
     """Train networks together, or go on where an earlier piece stopped; leave the averages in them.
 
     All that is random in a step comes from a generator seeded by ``seed`` and the step, so a
-    training that was stopped and taken up again is the uninterrupted one.
+    training that was stopped and taken up again is the uninterrupted one. What is drawn does not
+    depend on the device; what is computed from it does, in the last digits.
 
     Args:
         name: Of the state file in ``work``, and of the log's lines.
-        networks: Written. At the end they hold the moving averages, in evaluation mode.
-        loss_of: The loss of one batch that it draws from the generator, 0-dim, float32.
+        networks: Written. At the end they hold the moving averages, in evaluation mode, and are on
+            the CPU again.
+        loss_of: The loss of one batch that it draws from the generator, which is the CPU's; 0-dim,
+            float32.
         schedule: How long and how fast.
         work: Folder of the state file.
         deadline: When to stop.
         seed: Of the draws.
+        device: Where the networks are trained.
 
     Raises:
         OutOfTimeError: the deadline has passed; the state is saved.
+        UserError: the state file is of other networks.
     """
-    module = nn.ModuleDict(networks)
+    module = nn.ModuleDict(networks).to(device)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, schedule.learning_rate, (0.9, 0.98), weight_decay=schedule.weight_decay, fused=True
@@ -121,7 +131,7 @@ def train(
             raise OutOfTimeError(f"{name}: stopped at step {done} of {schedule.num_steps}")
     for weight, average in zip(trained, averages, strict=True):
         weight.data.copy_(average)
-    module.eval()
+    module.to(CPU).eval()
 
 
 NETWORKS, AVERAGES, MOMENTS, STEP = "networks.", "averages.", "moments.", "step"
@@ -149,7 +159,11 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     averages: Sequence[Tensor],
 ) -> int:
-    """Read what `_save` wrote into a training of the same networks; return the step to go on at."""
+    """Read what `_save` wrote into a training of the same networks; return the step to go on at.
+
+    Raises:
+        UserError: they are not the same.
+    """
     tensors = load_file(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -159,7 +173,13 @@ def _restore(
             if name.startswith(prefix)
         }
 
-    module.load_state_dict(part(NETWORKS))
+    try:
+        module.load_state_dict(part(NETWORKS))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: is of networks of other shapes; take another --work, or delete it and what "
+            "was made after it"
+        ) from error
     kept = part(AVERAGES)
     for index, average in enumerate(averages):
         average.copy_(kept[str(index)])

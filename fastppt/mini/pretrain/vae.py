@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastppt.mini.judge import Judge
 from fastppt.mini.pretrain.judge import as_tensor
-from fastppt.mini.pretrain.training import Deadline, Schedule, train
+from fastppt.mini.pretrain.training import CPU, Deadline, Schedule, train
 
-SCHEDULE = Schedule(num_steps=2500, learning_rate=2e-3, average=0.995)
-DECODER_SCHEDULE = Schedule(num_steps=2500, learning_rate=1e-3, average=0.998)
+SCHEDULE = Schedule(num_steps=5000, learning_rate=2e-3, average=0.995)
+DECODER_SCHEDULE = Schedule(num_steps=5000, learning_rate=1e-3, average=0.998)
 
 BATCH = 16
 
@@ -31,7 +31,13 @@ PERCEPTUAL_WEIGHT = 0.3
 """Of the difference in the judge's feature maps, beside that of the pixels."""
 
 
-def train_vae(vae: AutoencoderKL, pixels: np.ndarray, work: Path, deadline: Deadline) -> None:
+def train_vae(
+    vae: AutoencoderKL,
+    pixels: np.ndarray,
+    work: Path,
+    deadline: Deadline,
+    device: torch.device = CPU,
+) -> None:
     """Train encoder and decoder, and make the latents of mean 0 and standard deviation 1.
 
     The loss is the mean absolute difference of pixels and of their gradients, and `KL_WEIGHT` times
@@ -42,23 +48,29 @@ def train_vae(vae: AutoencoderKL, pixels: np.ndarray, work: Path, deadline: Dead
         pixels: RGB [N, 64, 64, 3], 8 bits.
         work: Folder of the state.
         deadline: When to stop.
+        device: Where it is trained.
     """
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        pictures = draw_pictures(pixels, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        pictures = draw_pictures(pixels, generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
-            normals = torch.randn(posterior.mean.shape, generator=generator)
+            normals = torch.randn(posterior.mean.shape, generator=generator).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * normals).sample
         divergence: Tensor = posterior.kl().float().mean()
         return pixel_loss(decoded.float(), pictures) + KL_WEIGHT * divergence
 
-    train("vae", {"vae": vae}, loss_of, SCHEDULE, work, deadline, seed=2)
+    train("vae", {"vae": vae}, loss_of, SCHEDULE, work, deadline, seed=2, device=device)
     fold_statistics_(vae, as_tensor(pixels[:2000]))
 
 
 def train_decoder(
-    vae: AutoencoderKL, judge: Judge, pixels: np.ndarray, work: Path, deadline: Deadline
+    vae: AutoencoderKL,
+    judge: Judge,
+    pixels: np.ndarray,
+    work: Path,
+    deadline: Deadline,
+    device: torch.device = CPU,
 ) -> None:
     """Train the decoder alone, with the judge's feature maps in the loss.
 
@@ -68,20 +80,22 @@ def train_decoder(
         pixels: RGB [N, 64, 64, 3], 8 bits.
         work: Folder of the state.
         deadline: When to stop.
+        device: Where it is trained.
     """
-    judge.requires_grad_(False)
+    judge.requires_grad_(False).to(device)
+    vae.to(device)
     vae.encoder.requires_grad_(False)
     assert vae.quant_conv is not None and vae.post_quant_conv is not None
     vae.quant_conv.requires_grad_(False)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        pictures = draw_pictures(pixels, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        pictures = draw_pictures(pixels, generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(pictures).latent_dist.mean
                 wanted = judge.maps(pictures)[:2]
             noise = LATENT_NOISE * torch.randn(latents.shape, generator=generator)
-            decoded = vae.decode(latents + noise).sample
+            decoded = vae.decode(latents + noise.to(device)).sample
             drawn = judge.maps(decoded)[:2]
         difference = torch.stack(
             [
@@ -92,7 +106,9 @@ def train_decoder(
         return pixel_loss(decoded.float(), pictures) + PERCEPTUAL_WEIGHT * difference
 
     parts: dict[str, nn.Module] = {"decoder": vae.decoder, "post": vae.post_quant_conv}
-    train("decoder", parts, loss_of, DECODER_SCHEDULE, work, deadline, seed=3)
+    train("decoder", parts, loss_of, DECODER_SCHEDULE, work, deadline, seed=3, device=device)
+    judge.to(CPU)
+    vae.to(CPU)
 
 
 def pixel_loss(decoded: Tensor, pictures: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastppt.mini.pretrain import network as module
@@ -60,10 +64,14 @@ def pipeline() -> Any:
     return build_mini_sdxl(0)
 
 
-@pytest.fixture
-def latents() -> Tensor:
+def random_latents() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 6, 8, 16, 16, generator=generator).half()
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return random_latents()
 
 
 def loss_of_training(
@@ -137,8 +145,7 @@ def test_latents_are_encoded_once_with_those_of_mirror_images(
     pipeline: Any, scenes: Scenes, tmp_path: Path
 ) -> None:
     vae = pipeline.vae
-    path = tmp_path / "latents.safetensors"
-    latents = encode_scenes(vae, scenes.pixels, path)
+    latents = encode_scenes(vae, scenes.pixels, tmp_path)
     assert latents.shape == (2, 6, 8, 16, 16) and latents.dtype == torch.float16
     mirrored = np.ascontiguousarray(scenes.pixels[:, :, ::-1])
     for side, pixels in enumerate((scenes.pixels, mirrored)):
@@ -147,7 +154,21 @@ def test_latents_are_encoded_once_with_those_of_mirror_images(
             means = vae.encode(pictures).latent_dist.mean
         torch.testing.assert_close(latents[side].float(), means, rtol=1e-3, atol=1e-3)
     # What is there is read, not made again.
-    assert torch.equal(encode_scenes(vae, scenes.pixels[:0], path), latents)
+    assert torch.equal(encode_scenes(vae, scenes.pixels[:0], tmp_path), latents)
+
+
+def test_latents_of_another_encoder_are_not_taken(
+    pipeline: Any, scenes: Scenes, tmp_path: Path
+) -> None:
+    latents = encode_scenes(pipeline.vae, scenes.pixels[:1], tmp_path)
+    other = build_mini_sdxl(1).vae
+    assert not torch.equal(encode_scenes(other, scenes.pixels[:1], tmp_path), latents)
+    # The decoder's weights do not decide them.
+    other.load_state_dict(pipeline.vae.state_dict())
+    with torch.no_grad():
+        other.decoder.conv_in.weight.zero_()
+    assert torch.equal(encode_scenes(other, scenes.pixels[:0], tmp_path), latents)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def trained_state(
@@ -183,11 +204,26 @@ def test_resumed_network_equals_uninterrupted_network(
 
 
 @pytest.mark.slow
-def test_first_fifty_steps_are_the_same_bit_for_bit(
+def test_first_fifty_steps_are_the_same_bit_for_bit_in_another_process(
     latents: Tensor, scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH", 4)
     one = trained_state(latents, scenes, tmp_path / "one", 50)
-    assert is_equal(one, trained_state(latents, scenes, tmp_path / "two", 50))
+    program = f"""
+import importlib.util, pathlib, safetensors.torch, torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("network_tests", {__file__!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+tests.module.BATCH = 4
+work = pathlib.Path({str(tmp_path / "two")!r})
+scenes = tests.draw_world(6, seed=10_000)
+state = tests.trained_state(tests.random_latents(), scenes, work, 50)
+safetensors.torch.save_file(state, work / "all")
+"""
+    # Another order of sets than in this process.
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    assert is_equal(one, load_file(tmp_path / "two" / "all"))
     start = build_mini_sdxl(0).unet.state_dict()
     assert all(not torch.equal(one[f"0.{key}"], value) for key, value in start.items())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastppt.errors import UserError
 from fastppt.mini.pretrain import scenes as module
 from fastppt.mini.pretrain.scenes import (
     VIEWS,
@@ -69,3 +70,15 @@ def test_shards_are_rendered_once_and_read_in_order(
     make_shards(tmp_path)
     assert kept.stat().st_mtime_ns == before
     assert is_equal(load_shards(tmp_path, "world"), world)
+
+
+def test_a_part_of_the_shards_is_not_taken_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SHARD_SIZE", 5), ("NUM_WORLD_SHARDS", 1), ("NUM_SUBJECT_SHARDS", 0)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", ThreadPoolExecutor)
+    make_shards(tmp_path)
+    monkeypatch.setattr(module, "NUM_WORLD_SHARDS", 2)
+    with pytest.raises(UserError, match=r"world-001\.safetensors: is not rendered yet"):
+        load_shards(tmp_path, "world")
