@@ -4,6 +4,8 @@ The gpu-marked tests first; after a red one nothing is measured, unless that is 
 ops, the optimizer and whole steps against what a trainer would write, on the GPU, until the time is
 up; what no longer fits is listed as not measured. One JSON is left, written anew after every
 workload. If the tests were not green its name begins with "red-", and no table is made from it.
+
+``--group race`` measures whole jobs instead (`bench.race_gpu`), each model's in a file of its own.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import torch
 from bench.attention import count_maps
 from bench.gpu_tests import TRAINER_NEEDS, run_gpu_tests
 from bench.machine import copy_bandwidth, describe_machine
+from bench.race_gpu import GpuRace, list_race_targets, list_races
 from bench.rows import (
     WARM_UP_CALLS,
     Row,
@@ -177,9 +180,14 @@ PLANS = (
 )
 
 
+def has_trainer() -> bool:
+    """Say whether the trainer's packages are there, and peft."""
+    return all(importlib.util.find_spec(name) for name in (*TRAINER_NEEDS, "peft"))
+
+
 def trainer_plans() -> tuple[Plan, ...]:
     """Return the plans that need the trainer's packages, and peft; none where these are not."""
-    if not all(importlib.util.find_spec(name) for name in (*TRAINER_NEEDS, "peft")):
+    if not has_trainer():
         return ()
     from bench.lora import LAYER, LAYERS, LORA_BF16
 
@@ -196,6 +204,8 @@ def list_plans() -> tuple[Plan | StepPlan, ...]:
     return (*wanted, *FIRST_PLANS, *others, *rest, *LAST_PLANS)
 
 
+# What may be measured, and how the name of its JSON begins; tables are made of "gpu" alone.
+GROUPS = {"speed": "gpu", "race": "race-gpu"}
 # What a slower or smaller GPU may meet, and what is no fault.
 TOO_LARGE = (OutOfTimeError, torch.OutOfMemoryError)
 
@@ -204,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it all; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("--group", choices=[*GROUPS], default="speed", help="what is measured")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it")
     parser.add_argument(
         "--even-if-red", action="store_true", help="measure although the GPU tests are not green"
@@ -219,15 +230,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    is_race = options.group == "race"
+    if is_race and not has_trainer():
+        print(
+            "bench.gpu: a race needs the trainer's packages: pip install -e '.[test]'",
+            file=sys.stderr,
+        )
+        return 2
     end = time.monotonic() + options.seconds
     # Before the tests: what cannot be imported is known at once.
-    plans = list_plans()
+    plans = list_races(options.out) if is_race else list_plans()
     tests = run_gpu_tests(min(TEST_SECONDS, options.seconds / 2))
     print(f"gpu tests ({tests['folder']}): {tests['passed']} passed, {tests['failed']} failed")
     machine = describe_machine("cuda")
     name = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
-    file_name = f"gpu-{name}-{machine['date']}.json"
+    file_name = f"{GROUPS[options.group]}-{name}-{machine['date']}.json"
     if tests["stop"]:
+        plans = list_races(options.out, is_red=True) if is_race else plans
         path = options.out / f"red-{file_name}"
         print(f"{tests['output']}\nbench.gpu: {tests['stop']}")
     else:
@@ -238,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tests["stop"] and not options.even_if_red:
         print(f"nothing is measured without --even-if-red; written: {path}")
         return 1
-    report = measure(plans, report | {"copy gb/s": copy_bandwidth("cuda")}, path, end)
+    report |= {"copy gb/s": copy_bandwidth("cuda")}
+    targets = list_race_targets if is_race else list_all_targets
+    report = measure(plans, report, path, end, targets=targets)
     print_targets(report["targets"])
     for row in [*report["refused"], *report["not measured"]]:
         print(f"  {row}")
@@ -248,13 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    plans: Sequence[Plan | StepPlan],
+    plans: Sequence[Plan | StepPlan | GpuRace],
     report: Row,
     path: Path,
     end: float,
     *,
     device: str = "cuda",
     modes: Sequence[str] = ("captured", "eager"),
+    targets: Callable[[Sequence[Row]], list[Row]] | None = None,
 ) -> Row:
     """Work through the plans until ``end``, of time.monotonic(); return the report, as written."""
     rows: list[Row] = []
@@ -288,8 +310,8 @@ def measure(
                     rows += timed
                     refused += refusals
                     not_measured.remove(entry)
-            targets = list_targets(rows) + list_gpu_targets(rows)
-            report |= {"targets": targets, "rows": rows, "refused": refused}
+            wanted = (targets or list_all_targets)(rows)
+            report |= {"targets": wanted, "rows": rows, "refused": refused}
             report |= {"not measured": not_measured}
             write_report(path, report)
     return report
@@ -318,6 +340,11 @@ def capture(way: Way) -> Way:
         return result
 
     return Way(replay, way.rewind)
+
+
+def list_all_targets(rows: Sequence[Row]) -> list[Row]:
+    """Return what is asked of ops and steps, beside what was measured."""
+    return list_targets(rows) + list_gpu_targets(rows)
 
 
 def list_targets(rows: Sequence[Row]) -> list[Row]:

@@ -57,13 +57,28 @@ class Subject:
     token_ids: Tensor
 
 
+def add_adapters(network: nn.Module, rank: int, targets: Sequence[str]) -> None:
+    """Freeze a network and give it peft's layers, as the scripts do.
+
+    Args:
+        network: Written.
+        rank: Of the adapters, and their alpha.
+        targets: Names of the projections, or ends of names.
+    """
+    network.requires_grad_(False).train()
+    network.add_adapter(
+        LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)
+        )
+    )
+
+
 class DiffusersStep:
     """A training step of diffusers' scripts, on a network of its own.
 
     Args:
         subject: What is trained on.
-        network: Taken over: it gets peft's layers.
-        pairs: Names and start of the adapters, alpha = rank.
+        network: With adapters, as of `add_adapters`.
         batch_size: Photos in a step, class images not counted.
         cached: Take the latents' distributions from a cache, as the flag ``--cache_latents`` of
             some of the scripts does.
@@ -76,7 +91,6 @@ class DiffusersStep:
         self,
         subject: Subject,
         network: nn.Module,
-        pairs: Sequence[LoraPair],
         batch_size: int,
         *,
         cached: bool = False,
@@ -88,18 +102,7 @@ class DiffusersStep:
             # The others' scripts keep the VAE in float32.
             subject.pipeline.vae.to(subject.dtype)
         self.batch_size, self.prior, self.precondition = batch_size, prior, precondition
-        rank = pairs[0].down.shape[0]
-        network.requires_grad_(False).train()
-        network.add_adapter(
-            LoraConfig(
-                r=rank,
-                lora_alpha=rank,
-                init_lora_weights="gaussian",
-                target_modules=[pair.name for pair in pairs],
-            )
-        )
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.load(pairs)
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters, "lr": LEARNING_RATE}],
             betas=(0.9, 0.999),
@@ -112,7 +115,7 @@ class DiffusersStep:
         self.noise = kind.from_config(scheduler.config)
         # Of the prompts: the subject's, and with prior preservation the class's.
         self.rows = [0, 1] if prior else [0]
-        self.cache = [self._encode([photo]) for photo in self._photos()] if cached else None
+        self.cache = self._encode_all() if cached else None
         self.place = 0
 
     def load(self, pairs: Sequence[LoraPair]) -> None:
@@ -241,6 +244,9 @@ class DiffusersStep:
         sample = mean + std * (torch.randn_like(mean) if normals is None else normals.to(mean))
         config = self.subject.pipeline.vae.config
         return (sample - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def _encode_all(self) -> list[tuple[Tensor, Tensor]]:
+        return [self._encode([photo]) for photo in self._photos()]
 
     def _encode(self, photos: Sequence[int]) -> tuple[Tensor, Tensor]:
         vae = self.subject.pipeline.vae

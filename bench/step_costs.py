@@ -146,9 +146,15 @@ def _free_cache() -> None:
     torch.cuda.empty_cache()
 
 
-def product_speed(device: str, dtype: torch.dtype) -> float:
-    """Return the TFLOP/s of a large square product: the roof that a step is held against."""
-    size = PRODUCT_SIZE[device]
+def product_speed(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """Return the TFLOP/s of a large square product: the roof that a step is held against.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: Of the matrices.
+        size: Of their sides; None for that of `PRODUCT_SIZE`.
+    """
+    size = PRODUCT_SIZE[device] if size is None else size
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     stopwatch = stopwatch_of(device)

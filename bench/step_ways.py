@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.networks import FAMILY_OF, FULL_MODELS, build_pipeline
-from bench.peer import DiffusersStep, Subject
+from bench.peer import DiffusersStep, Subject, add_adapters
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.config_io import build_config
 from fastppt.data.photos import crop_photo, find_photos
@@ -144,9 +144,12 @@ class TrainerStep:
         source: Model and photos.
         recipe: One of `RECIPES`.
         engine: One of the configuration's engines.
+        changes: Settings over all of that.
     """
 
-    def __init__(self, source: Source, recipe: str, engine: str) -> None:
+    def __init__(
+        self, source: Source, recipe: str, engine: str, changes: Settings | None = None
+    ) -> None:
         work, (name, settings) = source.work, RECIPES[recipe]
         config = build_config(
             name,
@@ -163,6 +166,7 @@ class TrainerStep:
                     "stage.0.batch_size": work.batch_size,
                     "stage.0.trainables.lora.rank": work.rank,
                     **settings,
+                    **(changes or {}),
                 }.items()
             ),
         )
@@ -271,11 +275,12 @@ def compare_notes(found: Sequence[Notes], wanted: Sequence[Notes]) -> dict[str, 
 
 def make_peer(source: Source, ours: TrainerStep, **options: bool) -> DiffusersStep:
     """Return diffusers' step on a network of its own, its adapters those of ours as they are."""
-    family = source.make_family()
+    family, pairs = source.make_family(), ours.trainables.lora.pairs
     subject = ours.subject(source, family)
-    return DiffusersStep(
-        subject, family.network, ours.trainables.lora.pairs, ours.stage.batch_size, **options
-    )
+    add_adapters(family.network, source.work.rank, [pair.name for pair in pairs])
+    peer = DiffusersStep(subject, family.network, ours.stage.batch_size, **options)
+    peer.load(pairs)
+    return peer
 
 
 def check_peer(peer: DiffusersStep, ours: TrainerStep) -> dict[str, float]:

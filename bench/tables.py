@@ -9,6 +9,8 @@ from bench import ROOT
 from bench.gpu import MAIN_WORKLOAD, list_targets
 from bench.option_tables import options_table
 from bench.preservation_tables import following_table, preservation_table
+from bench.race_results import read_race
+from bench.race_tables import race_tables
 from bench.rows import Row, find_row
 from bench.step_rows import list_gpu_targets
 from bench.step_tables import cpu_step_table, gpu_step_table
@@ -53,25 +55,31 @@ def markers(name: str) -> tuple[str, str]:
 def write_tables(results: Path) -> str:
     """Return the tables as Markdown: the latest CPU results, and the latest of each GPU."""
     parts = [
-        _cpu_table(_latest(results.glob("cpu-anchor-*.json"))),
-        _alignment_table(_latest(results.glob("cpu-alignment-*.json"))),
+        anchor_table(_latest(results.glob("cpu-anchor-*.json"))),
+        alignment_table(_latest(results.glob("cpu-alignment-*.json"))),
     ]
     steps = _latest(results.glob("cpu-step-*.json"))
-    parts.insert(0, cpu_step_table(steps, _machine(steps)))
+    parts.insert(0, cpu_step_table(steps, name_machine(steps)))
     options = _latest(results.glob("*-options-*.json"))
-    parts.insert(1, options_table(options, _machine(options)))
-    by_gpu: dict[str, list[Path]] = {}
-    for path in results.glob("gpu-*.json"):
-        # gpu-<name>-<year>-<month>-<day>
-        by_gpu.setdefault(path.stem.rsplit("-", 3)[0], []).append(path)
-    reports = [_latest(paths) for _, paths in sorted(by_gpu.items())]
-    parts += [_gpu_table(report) for report in reports or [None]]
+    parts.insert(1, options_table(options, name_machine(options)))
+    reports = [json.loads(path.read_text()) for path in latest_by_name(results, "gpu-*.json")]
+    parts += [gpu_table(report) for report in reports or [None]]
     return "\n\n".join(parts)
+
+
+def write_race_tables(results: Path) -> str:
+    """Return the tables of the latest race of each model, on the CPU and on a GPU."""
+    races = [
+        read_race(path)
+        for device in ("cpu", "cuda")
+        for path in latest_by_name(results, f"{device}-race-*.json")
+    ]
+    return "\n\n".join(race_tables(race) for race in races or [None])
 
 
 def write_toy2d_table(results: Path) -> str:
     report = _latest(results.glob("cpu-toy2d-*.json"))
-    return toy2d_table(report, _machine(report))
+    return toy2d_table(report, name_machine(report))
 
 
 def write_preservation_table(results: Path) -> str:
@@ -79,8 +87,8 @@ def write_preservation_table(results: Path) -> str:
     report = _latest(results.glob("cpu-preservation-*.json"))
     return "\n\n".join(
         [
-            following_table(following, _machine(following)),
-            preservation_table(report, _machine(report)),
+            following_table(following, name_machine(following)),
+            preservation_table(report, name_machine(report)),
         ]
     )
 
@@ -90,7 +98,14 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bench": write_tables,
     "toy2d": write_toy2d_table,
     "preservation": write_preservation_table,
+    "race": write_race_tables,
 }
+
+
+def latest_by_name(results: Path, pattern: str) -> list[Path]:
+    """Return the latest file of each name: <name>-<year>-<month>-<day>.json."""
+    names = {path.stem.rsplit("-", 3)[0]: path for path in sorted(results.glob(pattern))}
+    return [names[name] for name in sorted(names)]
 
 
 def _latest(paths) -> Row | None:
@@ -99,10 +114,11 @@ def _latest(paths) -> Row | None:
     return json.loads(ordered[-1].read_text()) if ordered else None
 
 
-def _cpu_table(report: Row | None) -> str:
+def anchor_table(report: Row | None) -> str:
     rows = report["rows"] if report else []
     lines = [
-        f"**The anchor alone over SDXL's 1120 adapter tensors, on the CPU** ({_machine(report)}):",
+        "**The anchor alone over SDXL's 1120 adapter tensors, on the CPU** "
+        f"({name_machine(report)}):",
         "",
         "| ms, median | " + " | ".join(name.partition(", ")[2] for name in CPU_WORKLOADS) + " |",
         "|---|" + "---|" * len(CPU_WORKLOADS),
@@ -120,11 +136,11 @@ def _cpu_cell(row: Row | None) -> str:
     return f"{row['p50 ms']:.1f}" + ("" if ours else f" ({row['times ours']:.1f}x)")
 
 
-def _alignment_table(report: Row | None) -> str:
+def alignment_table(report: Row | None) -> str:
     """Return a line for each op, form and workload of the report: ours, then the others."""
     lines = [
         "**APT's regularisers on the CPU**, the base's side, the losses and their gradients "
-        f"({_machine(report)}):",
+        f"({name_machine(report)}):",
         "",
         "| | op, ms, median | what a trainer would write |",
         "|---|---|---|",
@@ -138,11 +154,11 @@ def _alignment_table(report: Row | None) -> str:
     return "\n".join(lines if by_work else [lines[0].removesuffix(":") + "."])
 
 
-def _gpu_table(report: Row | None) -> str:
+def gpu_table(report: Row | None) -> str:
     rows = report["rows"] if report else []
     lines = [
         f"**Anchor, clip and AdamW over {MAIN_WORKLOAD}, captured in a CUDA graph** "
-        f"({_machine(report)}):",
+        f"({name_machine(report)}):",
         "",
     ]
     if rows:
@@ -172,7 +188,7 @@ def _gpu_line(rows: Sequence[Row], way: str, title: str) -> str:
     return f"| {title} | " + " | ".join(cells) + " |"
 
 
-def _machine(report: Row | None) -> str:
+def name_machine(report: Row | None) -> str:
     if report is None:
         return "not measured yet"
     machine = report["machine"]

@@ -107,9 +107,9 @@ def run_main(monkeypatch, tmp_path, *options, tests=GREEN, refused=(), not_measu
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: 4000.0)
     paths = []
 
-    def fake_measure(plans, report, path, end):
+    def fake_measure(plans, report, path, end, *, targets):
         paths.append(path)
-        results = {"rows": [], "targets": list_targets([]), "refused": list(refused)}
+        results = {"rows": [], "targets": targets([]), "refused": list(refused)}
         return report | results | {"not measured": list(not_measured)}
 
     monkeypatch.setattr(gpu, "measure", fake_measure)

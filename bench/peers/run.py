@@ -1,0 +1,185 @@
+"""Runs a trainer's command, reads its output as it comes, and watches the memory that it takes."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+
+from bench.peers.parse import Bar, BarReader, Log
+from bench.race_results import MemoryKind
+from fastppt.errors import UserError
+
+# Seconds between two looks at the memory.
+POLL_S = 0.25
+PIECE_BYTES = 1 << 16
+# Lines of a trainer's output that are shown where it failed.
+SHOWN_LINES = 15
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed to train.
+
+    Attributes:
+        words: The program and its arguments.
+        folder: Where it is started.
+        variables: Of the environment, beside our own.
+        num_launchers: Processes that do nothing but start the next, from the first one on: what
+            they take is not the trainer's.
+    """
+
+    words: Sequence[str]
+    folder: Path
+    variables: Mapping[str, str]
+    num_launchers: int = 0
+
+
+def run_trainer(
+    command: Command, output: Path, *, device: str, start_words: Sequence[str] | None
+) -> Log:
+    """Run a trainer to its end.
+
+    Args:
+        command: How.
+        output: File for all that it prints.
+        device: "cuda" watches the GPU's memory, which nothing else may be using; "cpu" the host's.
+        start_words: A command that imports the same and does nothing, run before to be timed;
+            None: there is none.
+
+    Raises:
+        UserError: it cannot be started, or fails; with the end of what it printed.
+    """
+    start_s = None
+    if start_words is not None:
+        start_s = _run(command, start_words, output, None)[1]
+    watch = MemoryWatch(device, command.num_launchers)
+    bars, wall_s = _run(command, command.words, output, watch)
+    if watch.peak == 0:
+        raise UserError(f"{output}: the trainer took no memory of the {device}; did it train?")
+    return Log(bars, wall_s, start_s, watch.peak, watch.kind)
+
+
+def _run(
+    command: Command, words: Sequence[str], output: Path, watch: "MemoryWatch | None"
+) -> tuple[list[Bar], float]:
+    """Return the bars that a command printed, and how long it took."""
+    reader, bars = BarReader(), []
+    begun = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            words,
+            cwd=command.folder,
+            env=os.environ | dict(command.variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UserError(f"{words[0]}: cannot be started ({error.strerror})") from None
+    assert process.stdout is not None
+    try:
+        if watch is not None:
+            watch.start(process.pid)
+        with output.open("wb") as file:
+            while piece := os.read(process.stdout.fileno(), PIECE_BYTES):
+                bars += reader.read(piece, time.monotonic() - begun)
+                file.write(piece)
+        code = process.wait()
+    finally:
+        if watch is not None:
+            watch.stop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+    if code != 0:
+        raise UserError(
+            f"the trainer ended with exit code {code}; all that it printed is in {output}, "
+            f"which ends:\n{_end_of(output)}"
+        )
+    return bars, time.monotonic() - begun
+
+
+def _end_of(output: Path) -> str:
+    lines = output.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-SHOWN_LINES:])
+
+
+class MemoryWatch:
+    """The most memory that a trainer takes, looked at `POLL_S` apart.
+
+    On a GPU what is taken of all GPUs beyond what was taken before: processes of their own number
+    spaces, such as in a container, cannot be told from one another there. On the host the resident
+    memory of the process and its children, pages that they share counted once.
+
+    Args:
+        device: "cuda" or "cpu".
+        num_launchers: Generations of processes that are not counted on the host.
+    """
+
+    def __init__(self, device: str, num_launchers: int) -> None:
+        self.kind: MemoryKind = "device" if device == "cuda" else "resident"
+        self.peak = 0
+        self._num_launchers = num_launchers
+        self._before = _gpu_bytes() if self.kind == "device" else 0
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, process_id: int) -> None:
+        """Watch from now on."""
+        read = self._device_bytes
+        if self.kind == "resident":
+            process = psutil.Process(process_id)
+            read = partial(resident_bytes, process, self._num_launchers)
+        self._thread = threading.Thread(target=self._watch, args=(read,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, read: Callable[[], int]) -> None:
+        while True:
+            self.peak = max(self.peak, read())
+            if self._is_over.wait(POLL_S):
+                return
+
+    def _device_bytes(self) -> int:
+        return _gpu_bytes() - self._before
+
+
+def _gpu_bytes() -> int:
+    """Return what is taken of the memory of all GPUs."""
+    pairs = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]
+    return sum(total - free for free, total in pairs)
+
+
+def resident_bytes(process: psutil.Process, num_launchers: int) -> int:
+    """Return what a process and its children take, without so many generations of launchers."""
+    try:
+        members = [process]
+        for _ in range(num_launchers):
+            members = [child for each in members for child in each.children()]
+        tree = {each for member in members for each in (member, *member.children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return 0
+    return sum(_proportional_bytes(each) for each in tree)
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    # It ended between two looks.
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return 0

@@ -1,0 +1,248 @@
+"""How each trainer is told to do a race's job: its documented command, and what is changed of it.
+
+Changed is what a race fixes for all: model, photos, prompts, resolution, batch, rank, precision,
+steps and seed; torch's AdamW at a constant rate; no pictures and no checkpoints on the way. What
+the documentation turns on to save memory at the price of time (gradient checkpointing, gradients of
+several passes) is off. Flags and keys are those of the documents that bench/peers/README.md names.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from bench.peers.configs import write_ai_toolkit, write_onetrainer, write_simpletuner
+from bench.peers.jobs import PeerJob
+from bench.peers.run import Command
+from bench.race_results import RaceSettings
+from fastppt.errors import UserError
+from fastppt.families.names import MINI_MODELS
+
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+ALL_PRECISIONS = tuple(MIXED_PRECISION)
+LEARNING_RATE = "1e-4"
+
+DIFFUSERS_SCRIPTS = {
+    "sd": "train_dreambooth_lora.py",
+    "sdxl": "train_dreambooth_lora_sdxl.py",
+    "sd3": "train_dreambooth_lora_sd3.py",
+}
+KOHYA_SCRIPTS = {
+    "sd": "train_network.py",
+    "sdxl": "sdxl_train_network.py",
+    "sd3": "sd3_train_network.py",
+}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One of the trainers.
+
+    Attributes:
+        families: That it trains by these commands.
+        precisions: Of the network, likewise.
+        command: Returns how it is run; writes the files that it is told to read.
+        bar: Pattern of the name of the progress bar of its steps.
+        note: What a reader has to know to compare it.
+        class_bar: That of the class images, which it samples itself; None: it does not.
+        loads: The forms of a model that it reads: "folder" (diffusers), "file".
+        is_any_size: False: it has the published networks alone, not smaller ones.
+        has_help: Its command with --help imports what a run imports, and no more.
+        counts_from: The count that its bar shows when the first step is done.
+        complaint: Pattern of a line that says that it left out a setting; such a run is refused.
+    """
+
+    families: tuple[str, ...]
+    precisions: tuple[str, ...]
+    command: Callable[[PeerJob], Command]
+    bar: str
+    note: str
+    class_bar: str | None = None
+    loads: tuple[str, ...] = ("folder", "file")
+    is_any_size: bool = True
+    has_help: bool = False
+    counts_from: int = 1
+    complaint: str | None = None
+
+    def check(self, name: str, settings: RaceSettings, *, prior: bool) -> None:
+        """Refuse what the trainer cannot be told, before it is run for minutes.
+
+        Raises:
+            UserError: names the flag.
+        """
+        if settings.family not in self.families:
+            raise UserError(
+                f"--trainer {name}: is run on {', '.join(self.families)}, and the model is "
+                f"{settings.family}"
+            )
+        if settings.precision not in self.precisions:
+            raise UserError(
+                f"--trainer {name}: trains in {', '.join(self.precisions)}, "
+                f"not in {settings.precision}"
+            )
+        if prior and self.class_bar is None:
+            raise UserError(
+                f"--prior: {name} samples no class images itself; only diffusers' scripts do"
+            )
+        form = "file" if Path(settings.model).is_file() else "folder"
+        if form not in self.loads:
+            raise UserError(
+                f"--model {settings.model}: {name} reads a model as a {self.loads[0]} alone"
+            )
+        if settings.model in MINI_MODELS and not self.is_any_size:
+            raise UserError(
+                f"--model {settings.model}: {name} has networks of the published sizes alone"
+            )
+
+
+def diffusers_command(job: PeerJob) -> Command:
+    """Return the command of examples/dreambooth/README_sdxl.md and its siblings."""
+    settings = job.settings
+    subject, class_prompt = job.prompts
+    options = {
+        "pretrained_model_name_or_path": job.model,
+        "instance_data_dir": job.photos,
+        "output_dir": job.output,
+        "instance_prompt": subject,
+        "resolution": settings.resolution,
+        "train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "max_train_steps": settings.steps,
+        "checkpointing_steps": settings.steps + 1,
+        "rank": settings.rank,
+        "mixed_precision": MIXED_PRECISION[settings.precision],
+        "seed": settings.seed,
+    }
+    flags = []
+    if job.entrant.prior:
+        flags = ["--with_prior_preservation"]
+        options |= {
+            "prior_loss_weight": 1.0,
+            "class_data_dir": job.class_images,
+            "class_prompt": class_prompt,
+            "num_class_images": settings.class_images,
+        }
+    script = job.checkout / "examples" / "dreambooth" / DIFFUSERS_SCRIPTS[settings.family]
+    return _launched(job, script, options, flags)
+
+
+def kohya_command(job: PeerJob) -> Command:
+    """Return the command of sd-scripts' docs/train_network.md and its siblings."""
+    settings = job.settings
+    subject, _ = job.prompts
+    subset = {"image_dir": str(job.photos), "class_tokens": subject, "num_repeats": 1}
+    dataset = {"resolution": settings.resolution, "batch_size": settings.batch_size}
+    config = job.output / "dataset.toml"
+    config.write_bytes(tomli_w.dumps({"datasets": [dataset | {"subsets": [subset]}]}).encode())
+    options = {
+        "pretrained_model_name_or_path": job.model,
+        "dataset_config": config,
+        "output_dir": job.output,
+        "output_name": "lora",
+        "save_model_as": "safetensors",
+        "network_module": "networks.lora_sd3" if settings.family == "sd3" else "networks.lora",
+        "network_dim": settings.rank,
+        "network_alpha": settings.rank,
+        "learning_rate": LEARNING_RATE,
+        "optimizer_type": "AdamW",
+        "lr_scheduler": "constant",
+        "max_train_steps": settings.steps,
+        "mixed_precision": MIXED_PRECISION[settings.precision],
+        "seed": settings.seed,
+    }
+    flags = ["--sdpa", "--cache_latents", "--network_train_unet_only"]
+    if settings.family != "sd":
+        flags += ["--cache_text_encoder_outputs"]
+    if settings.family == "sdxl":
+        flags += ["--no_half_vae"]
+    return _launched(job, job.checkout / KOHYA_SCRIPTS[settings.family], options, flags)
+
+
+def _launched(
+    job: PeerJob, script: Path, options: dict[str, object], flags: Sequence[str]
+) -> Command:
+    """Return a script's command by ``accelerate launch``, told what a configuration would say."""
+    if not script.is_file():
+        raise UserError(f"--checkout {job.checkout}: there is no {script}. Is the path right?")
+    settings = job.settings
+    launch = [
+        *(str(job.python), "-m", "accelerate.commands.launch", "--num_processes", "1"),
+        *("--num_machines", "1", "--dynamo_backend", "no"),
+        *("--mixed_precision", MIXED_PRECISION[settings.precision]),
+        *("--num_cpu_threads_per_process", str(settings.threads)),
+        *(["--cpu"] if job.device == "cpu" else []),
+    ]
+    words = [*launch, str(script), *(f"--{key}={value}" for key, value in options.items()), *flags]
+    return Command([*words, *job.extra], script.parent, job.variables, num_launchers=1)
+
+
+def onetrainer_command(job: PeerJob) -> Command:
+    """Return the command of OneTrainer's docs/CliTraining.md."""
+    script = job.checkout / "scripts" / "train.py"
+    words = [str(job.python), str(script), "--config-path", str(write_onetrainer(job)), *job.extra]
+    return Command(words, job.checkout, job.variables)
+
+
+def simpletuner_command(job: PeerJob) -> Command:
+    """Return the command of SimpleTuner's documentation/INSTALL.md."""
+    folder = write_simpletuner(job)
+    # It is installed beside the interpreter, and looks for config/config.json where it is started.
+    words = [str(job.python.with_name("simpletuner")), "train", "config_backend=json", *job.extra]
+    return Command(words, folder, job.variables, num_launchers=2)
+
+
+def ai_toolkit_command(job: PeerJob) -> Command:
+    """Return the command of ai-toolkit's README.md."""
+    words = [str(job.python), str(job.checkout / "run.py"), str(write_ai_toolkit(job)), *job.extra]
+    return Command(words, job.checkout, job.variables)
+
+
+ALL_LAYERS = "adapts every linear layer of the transformer blocks, not the attention's alone"
+TRAINERS = {
+    "diffusers": Trainer(
+        families=("sd", "sdxl", "sd3"),
+        precisions=ALL_PRECISIONS,
+        command=diffusers_command,
+        bar="Steps",
+        class_bar="Generating class images",
+        note="photos (and class images) are encoded anew in each step",
+        loads=("folder",),
+        has_help=True,
+    ),
+    "kohya": Trainer(
+        families=("sd", "sdxl", "sd3"),
+        precisions=ALL_PRECISIONS,
+        command=kohya_command,
+        bar="steps",
+        note=f"latents and, but for sd, text are cached; {ALL_LAYERS}",
+        is_any_size=False,
+        has_help=True,
+    ),
+    "onetrainer": Trainer(
+        families=("sd", "sdxl", "sd3"),
+        precisions=ALL_PRECISIONS,
+        command=onetrainer_command,
+        bar="step",
+        note="latents and text are cached",
+        complaint=r"^Could not set ",
+    ),
+    "simpletuner": Trainer(
+        families=("sdxl", "sd3"),
+        precisions=("bfloat16",),
+        command=simpletuner_command,
+        bar=r"Epoch \d+/\d+,? Steps",
+        note="latents and text are cached; weights and moments are bfloat16 (adamw_bf16)",
+    ),
+    "ai-toolkit": Trainer(
+        families=("sd", "sdxl", "sd3"),
+        precisions=ALL_PRECISIONS,
+        command=ai_toolkit_command,
+        bar="race",
+        note="latents are cached",
+        counts_from=0,
+    ),
+}

@@ -1,0 +1,460 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench.peers import run
+from bench.peers.__main__ import app, make_settings
+from bench.peers.entrant import time_trainer
+from bench.peers.jobs import PeerJob
+from bench.peers.run import Command, MemoryWatch, resident_bytes, run_trainer
+from bench.peers.trainers import TRAINERS
+from bench.race_plan import EntrantPlan
+from bench.race_ratios import make_report
+from bench.race_results import Entrant, RaceSettings, read_race, write_race
+from fastppt.errors import UserError
+
+MODELS = {"sd": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium"}
+PAIRS = [(name, family) for name, trainer in TRAINERS.items() for family in trainer.families]
+
+# Prints what diffusers' scripts print, for as long as it is told; all else of them is left out.
+SCRIPT = """
+import argparse, json, pathlib, sys, time
+from tqdm import tqdm
+
+parser = argparse.ArgumentParser()
+for name in ("instance_data_dir", "class_data_dir", "output_dir"):
+    parser.add_argument(f"--{name}", type=pathlib.Path)
+for name in ("max_train_steps", "num_class_images", "seed"):
+    parser.add_argument(f"--{name}", type=int)
+parser.add_argument("--with_prior_preservation", action="store_true")
+parser.add_argument("--fail", action="store_true")
+args, others = parser.parse_known_args()
+if args.with_prior_preservation:
+    batches = range(args.num_class_images // 4)
+    for batch in tqdm(batches, desc="Generating class images"):
+        time.sleep(0.05)
+        (args.class_data_dir / f"{batch}.jpg").touch()
+if args.fail:
+    sys.exit("CUDA out of memory")
+bar = tqdm(range(0, args.max_train_steps), initial=0, desc="Steps", disable=False)
+for step in range(args.max_train_steps):
+    time.sleep(0.15 if step == 0 else 0.03)
+    bar.update(1)
+    bar.set_postfix(loss=0.1, lr=1e-4)
+seen = {"photos": len(list(args.instance_data_dir.iterdir())), "seed": args.seed, "rest": others}
+(args.output_dir / "seen.json").write_text(json.dumps(seen))
+"""
+# Starts what follows its own flags, as `accelerate launch` does, without importing torch for it.
+PYTHON = f"""#!{sys.executable}
+import os, subprocess, sys
+
+words = sys.argv[1:]
+if words[:1] == ["-m"]:
+    assert words[1] == "accelerate.commands.launch", words
+    first = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    sys.exit(subprocess.run([sys.executable, *words[first:]]).returncode)
+os.execv(sys.executable, [sys.executable, *words])
+"""
+
+
+@pytest.fixture
+def diffusers(tmp_path):
+    """Return a checkout and an interpreter, as flags."""
+    script = tmp_path / "diffusers" / "examples" / "dreambooth" / "train_dreambooth_lora.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(SCRIPT)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    checkout = tmp_path / "diffusers"
+    return ["--trainer", "diffusers", "--checkout", str(checkout), "--python", str(python)]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Return model and photos as flags: what the race asks of them is there, and no more."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "model").mkdir()
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (folder / "model" / "model_index.json").write_text(json.dumps(index))
+    (folder / "photos").mkdir()
+    for number in range(5):
+        Image.new("RGB", (4, 4)).save(folder / "photos" / f"{number}.png")
+    (folder / "photos" / "captions.toml").touch()
+    return ["--model", folder / "model", "--photos", folder / "photos", *SETTINGS]
+
+
+SETTINGS = ["--steps", "8", "--resolution", "64", "--device", "cpu"]
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def job_of(family, tmp_path, *, prior=False, **settings):
+    settings = {
+        "model": MODELS[family],
+        "family": family,
+        "resolution": 512,
+        "batch_size": 2,
+        "precision": "bfloat16",
+        "rank": 16,
+        "steps": 70,
+        "class_images": 12,
+        "sampler_steps": 50,
+        "guidance_scale": 7.5,
+        "num_photos": 5,
+        "seed": 3,
+        "rounds": 1,
+        "threads": 1,
+    } | settings
+    checkout = tmp_path / "checkout"
+    for name in ("train_network.py", "sdxl_train_network.py", "sd3_train_network.py"):
+        checkout.mkdir(exist_ok=True)
+        (checkout / name).touch()
+    scripts = checkout / "examples" / "dreambooth"
+    scripts.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", "_sdxl", "_sd3"):
+        (scripts / f"train_dreambooth_lora{suffix}.py").touch()
+    return PeerJob(
+        settings=RaceSettings(**settings),
+        entrant=EntrantPlan(name="it", kind="external", prior=prior),
+        model=str(tmp_path / "model"),
+        device="cuda",
+        photos=tmp_path / "photos",
+        class_noun="robot",
+        output=tmp_path,
+        class_images=tmp_path / "class",
+        sampled_images=12,
+        trained_steps=70,
+        checkout=checkout,
+        python=tmp_path / "venv" / "bin" / "python",
+        extra=("--last",),
+    )
+
+
+def test_a_trainer_is_run_on_the_race_and_joins_it(diffusers, given, tmp_path):
+    own = [*diffusers, *given, "--seed", 7, "--rounds", 2]
+    first = call(*own, "--output", tmp_path / "plain")
+    assert first.exit_code == 0, first.output
+    plain = read_race(tmp_path / "plain" / "race.json")
+    (entrant,) = plain.entrants
+    assert (entrant.kind, entrant.prior, len(entrant.rounds)) == ("external", False, 2)
+    assert entrant.settings["it/s, as printed"] > 0
+    # A copy of the photos alone, and the seed.
+    for number in range(2):
+        seen = json.loads((tmp_path / "plain" / f"round-{number}" / "seen.json").read_text())
+        assert (seen["photos"], seen["seed"]) == (5, 7)
+
+    joining = [*diffusers, "--race", tmp_path / "plain" / "race.json", "--device", "cpu"]
+    joining += [*given[2:4], "--prior", "--output", tmp_path / "prior", "--", "--more"]
+    second = call(*joining)
+    assert second.exit_code == 0, second.output
+    joined = read_race(tmp_path / "prior" / "race.json")
+    assert joined.settings == plain.settings
+    assert [each.name for each in joined.entrants] == [
+        "diffusers, its own command",
+        "diffusers, its own command, prior preservation",
+    ]
+    assert {ratio.what for ratio in joined.ratios} == {"total", "class images cached", "step"}
+    prior = joined.entrants[1]
+    assert prior.settings["sampler_steps"] == 50
+    assert prior.settings["command"].endswith("--more")
+    assert "x as fast" in second.output
+
+
+def test_every_phase_of_a_run_is_noted(diffusers, given, tmp_path):
+    words = [*diffusers, *given, "--prior", "--class-images", 12, "--output", tmp_path / "out"]
+    assert call(*words).exit_code == 0
+    (entrant,) = read_race(tmp_path / "out" / "race.json").entrants
+    (found,) = entrant.rounds
+    assert found.steps == 8
+    assert list(found.phases) == ["class_images", "first_step", "training", "save", "other"]
+    assert min(found.phases.values()) >= 0 and found.phases["class_images"] > 0
+    assert found.step_s.p50 > 0 and found.start_s > 0
+    assert found.memory_kind == "resident" and found.peak_memory_bytes > 5e6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "9"], "--steps: the race has 8, got 9; leave the flag out"),
+        (["--photos", "."], "found 0 images"),
+        (["--trainer", "other"], "--trainer other: there are diffusers, kohya"),
+        (["--", "--fail"], r"ends:\n(.*\n)*CUDA out of memory"),
+    ],
+    ids=["another setting", "no photos", "no such trainer", "a failure"],
+)
+def test_what_cannot_join_is_refused(diffusers, given, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    phases = {"first_step": 1.0, "training": 1.0, "save": 1.0, "other": 1.0}
+    rounds = [{"phases": phases, "steps": 8}]
+    entrant = Entrant(name="it", kind="diffusers", engine="eager", prior=True, rounds=rounds)
+    known = {"model": str(given[1]), "steps": 8, "resolution": 64}
+    race = tmp_path / "race.json"
+    write_race(race, make_report({}, make_settings(known, "cpu", 5), [entrant]))
+    joining = ["--race", race, "--device", "cpu", "--output", tmp_path / "out", *given[2:4]]
+    done = call(*diffusers, *joining, *flags)
+    assert done.exit_code == 2
+    assert re.search(message, done.output), done.output
+    assert not (tmp_path / "out" / "race.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--race", "none.json"], "none.json: no such file"),
+        (["--steps", "0"], "--steps 0: Input should be greater than 0"),
+        (["--model", "no-such-folder"], "no-such-folder"),
+        (["--checkout", "elsewhere"], "--checkout elsewhere: is no folder"),
+        (["--checkout", "."], "there is no .*train_dreambooth_lora.py"),
+        (["--python", "elsewhere"], "elsewhere: cannot be started"),
+    ],
+    ids=["no race", "out of range", "no model", "no checkout", "no script", "no interpreter"],
+)
+def test_what_makes_no_race_is_refused(diffusers, given, tmp_path, flags, message):
+    done = call(*diffusers, *given, *flags, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert re.search(message, done.output), done.output
+
+
+def test_a_race_of_its_own_takes_all_settings(diffusers, given, tmp_path):
+    done = call(*diffusers, *given[:4], "--steps", "8", "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "--resolution: give it, or a race to join with --race" in done.output
+
+
+@pytest.mark.slow
+def test_the_scripts_are_launched_by_accelerate_on_a_model_that_is_built(diffusers, tmp_path):
+    words = [*diffusers[:-1], sys.executable, *SETTINGS, "--model", "mini-sd"]
+    done = call(*words, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model" / "unet").is_dir()
+    (entrant,) = read_race(tmp_path / "out" / "race.json").entrants
+    # The launcher imports torch, and that is not the script's.
+    assert entrant.rounds[0].peak_memory_bytes < 100e6
+    assert entrant.settings["torch"]
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_each_command_names_what_the_race_fixes(name, family, tmp_path):
+    job = job_of(family, tmp_path)
+    command = TRAINERS[name].command(job)
+    words = " ".join(command.words)
+    # What a file says counts as said.
+    texts = [words, *(p.read_text() for p in tmp_path.rglob("*") if p.suffix in KINDS)]
+    said = "\n".join(texts)
+    for wanted in (job.model, str(job.photos), job.prompts[0], str(job.output), "512", "16"):
+        assert wanted in said, wanted
+    assert command.words[-1] == "--last"
+    assert command.variables["TQDM_MININTERVAL"] == "0"
+    assert command.variables["PATH"].startswith(str(job.python.parent))
+    assert "--with_prior_preservation" not in words
+
+
+KINDS = (".json", ".toml", ".yaml", ".txt")
+
+
+def options_of(command):
+    pairs = (word.removeprefix("--").split("=", 1) for word in command.words if "=" in word)
+    return dict(pairs)
+
+
+def test_diffusers_is_told_what_its_documentation_says(tmp_path):
+    command = TRAINERS["diffusers"].command(job_of("sdxl", tmp_path, prior=True))
+    options = options_of(command)
+    assert "--with_prior_preservation" in command.words
+    assert options["num_class_images"] == "12"
+    assert options["class_prompt"] == "a photo of a robot"
+    assert options["max_train_steps"] == "70" and options["checkpointing_steps"] == "71"
+    assert options["train_batch_size"] == "2" and options["rank"] == "16"
+    assert options["mixed_precision"] == "bf16"
+    assert command.words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert "--cpu" not in command.words
+
+
+def test_kohya_reads_a_dataset_of_the_photos(tmp_path):
+    command = TRAINERS["kohya"].command(job_of("sdxl", tmp_path))
+    dataset = tomllib.loads(Path(options_of(command)["dataset_config"]).read_text())
+    (found,) = dataset["datasets"]
+    assert (found["resolution"], found["batch_size"]) == (512, 2)
+    (subset,) = found["subsets"]
+    assert subset["class_tokens"] == "a photo of sks robot"
+
+
+def test_onetrainer_has_one_epoch_of_all_steps(tmp_path):
+    TRAINERS["onetrainer"].command(job_of("sd", tmp_path))
+    config = json.loads((tmp_path / "onetrainer.json").read_text())
+    (concept,) = config["concepts"]
+    assert config["epochs"] == 1
+    assert (concept["balancing"], concept["balancing_strategy"]) == (140.0, "SAMPLES")
+    assert Path(concept["text"]["prompt_path"]).read_text() == "a photo of sks robot"
+
+
+def test_ai_toolkit_reads_yaml_with_the_name_of_its_bar(tmp_path):
+    command = TRAINERS["ai-toolkit"].command(job_of("sd3", tmp_path))
+    config = yaml.safe_load(Path(command.words[2]).read_text())["config"]
+    assert config["name"] == TRAINERS["ai-toolkit"].bar
+    (process,) = config["process"]
+    assert process["train"]["steps"] == 70
+    assert process["model"]["is_v3"] is True
+
+
+def test_simpletuner_starts_where_its_configuration_is(tmp_path):
+    command = TRAINERS["simpletuner"].command(job_of("sdxl", tmp_path))
+    config = json.loads((command.folder / "config" / "config.json").read_text())
+    assert config["max_train_steps"] == 70
+    photos, text = json.loads(Path(config["data_backend_config"]).read_text())
+    assert photos["instance_prompt"] == "a photo of sks robot"
+    assert text["dataset_type"] == "text_embeds"
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "settings", "prior", "message"),
+    [
+        ("simpletuner", "sd", {}, False, "is run on sdxl, sd3, and the model is sd"),
+        ("simpletuner", "sdxl", {"precision": "float32"}, False, "bfloat16, not in float32"),
+        ("kohya", "sd", {"model": "mini-sd"}, False, "networks of the published sizes alone"),
+        ("kohya", "sd", {}, True, "--prior: kohya samples no class images itself"),
+        ("diffusers", "sd", {"model": __file__}, False, "diffusers reads a model as a folder"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_refused(tmp_path, name, family, settings, prior, message):
+    found = job_of(family, tmp_path, **settings).settings
+    with pytest.raises(UserError, match=message):
+        TRAINERS[name].check(name, found, prior=prior)
+
+
+def test_a_setting_that_the_trainer_left_out_is_refused(tmp_path, diffusers, monkeypatch):
+    script = tmp_path / "checkout" / "scripts" / "train.py"
+    job = job_of("sd", tmp_path, rounds=1, steps=2)
+    job = job.model_copy(update={"device": "cpu", "python": Path(diffusers[-1]), "extra": ()})
+    script.parent.mkdir(parents=True)
+    script.write_text("print('Could not set train_dtype as FLOAT_8')\n")
+    with pytest.raises(UserError, match="left out a setting: Could not set train_dtype as FLOAT_8"):
+        time_trainer("onetrainer", TRAINERS["onetrainer"], job, [])
+
+
+def run_python(code, tmp_path, *, num_launchers=0, device="cpu"):
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    command = Command(words, tmp_path, {}, num_launchers)
+    return run_trainer(command, tmp_path / "output.txt", device=device, start_words=None)
+
+
+def test_a_failure_shows_the_end_of_what_was_printed(tmp_path):
+    code = "import sys; print('x' * 10, *range(100), sep='\\n'); sys.exit('no memory')"
+    with pytest.raises(UserError) as caught:
+        run_python(code, tmp_path)
+    message = str(caught.value)
+    assert "exit code 1" in message and "no memory" in message and "\n99\n" in message
+    assert "\n50\n" not in message
+    assert "xxxxxxxxxx" in (tmp_path / "output.txt").read_text()
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path):
+    command = Command([str(tmp_path / "none")], tmp_path, {})
+    with pytest.raises(UserError, match="none: cannot be started"):
+        run_trainer(command, tmp_path / "output.txt", device="cpu", start_words=None)
+
+
+def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch):
+    def interrupt(self, piece, at_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.BarReader, "read", interrupt)
+    code = """
+        import os, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        open("ids", "w").write(f"{os.getpid()} {child.pid}")
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    with pytest.raises(KeyboardInterrupt):
+        run_python(code, tmp_path)
+    for number in (tmp_path / "ids").read_text().split():
+        # A child of the killed one is a zombie until init has looked.
+        assert is_gone(int(number))
+
+
+def is_gone(number):
+    for _ in range(100):
+        try:
+            if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def family_of_processes():
+    """Yield a launcher of 60 MB whose child of 30 MB has a child of 15 MB."""
+    code = """
+        import subprocess, sys
+        size, *others = map(int, sys.argv[1].split(","))
+        held = bytearray(b"x") * (size << 20)
+        words = [sys.executable, "-c", sys.argv[2], ",".join(map(str, others)), sys.argv[2]]
+        child = subprocess.Popen(words, stdout=subprocess.PIPE) if others else None
+        if child:
+            child.stdout.readline()
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    code = textwrap.dedent(code)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "60,30,15", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    yield psutil.Process(process.pid)
+    process.communicate()
+
+
+@pytest.mark.parametrize(("num_launchers", "held"), [(0, 105), (1, 45), (2, 15), (3, 0)])
+def test_memory_is_that_of_the_tree_below_its_launchers(family_of_processes, num_launchers, held):
+    found = resident_bytes(family_of_processes, num_launchers) / 2**20
+    # An interpreter's own is a few more, each.
+    assert held <= found < held + 15 * (3 - num_launchers) + 1e-9
+
+
+def test_memory_of_a_gpu_is_what_is_taken_beyond_what_was(monkeypatch, tmp_path):
+    taken = iter([1000, 1500, 4000])
+    monkeypatch.setattr(run, "_gpu_bytes", lambda: next(taken, 1200))
+    monkeypatch.setattr(run, "POLL_S", 0.01)
+    log = run_python("import time; time.sleep(0.3)", tmp_path, device="cuda")
+    assert (log.peak_memory_bytes, log.memory_kind) == (3000, "device")
+
+
+def test_a_watch_is_over_when_it_is_stopped(tmp_path):
+    watch = MemoryWatch("cpu", 0)
+    watch.start(os.getpid())
+    watch.stop()
+    assert watch.peak > 0 and not watch._thread.is_alive()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_bytes_of_another_process_are_seen(tmp_path):
+    code = """
+        import time, torch
+        held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        time.sleep(1)
+    """
+    log = run_python(code, tmp_path, device="cuda")
+    # The tensor, and a context of some hundreds of megabytes.
+    assert 1 << 30 <= log.peak_memory_bytes < 3 << 30

@@ -1,0 +1,68 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import ROOT
+from bench.race import check_engines, split
+from bench.race_plan import CACHED_PEER, PEER, PRIOR_PEER
+from bench.race_results import read_race
+from fastppt.errors import UserError
+
+SMALL = (
+    *("--model", "mini-sd", "--recipes", "lora-prior,ppt-lora", "--resolution", "32"),
+    *("--rank", "2", "--steps", "4", "--sampler-steps", "1", "--class-images", "5"),
+    *("--rounds", "2", "--sampling-rounds", "1", "--device", "cpu"),
+)
+
+
+def run_race(*options):
+    command = [sys.executable, "-m", "bench.race", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_leaves_a_race_and_prints_it(tmp_path):
+    done = run_race(*SMALL, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("cpu-race-mini-sd-")
+    report = read_race(path)
+    names = [PRIOR_PEER, CACHED_PEER, PEER, "lora-prior, eager", "ppt-lora, eager"]
+    assert [entrant.name for entrant in report.entrants] == names
+    assert all(len(entrant.rounds) == 2 for entrant in report.entrants)
+    assert all(each.start_s > 0 for entrant in report.entrants for each in entrant.rounds)
+    assert "bench.race --model mini-sd" in report.command
+    assert {each.recipe for each in report.decomposition} == {"lora-prior", "ppt-lora"}
+    for words in ("5 class images of 1 sampler steps", f"against {PRIOR_PEER}:", "written:"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipes", "dco"), "error: --recipes dco: is no recipe for sd"),
+        (("--trained-steps", "2"), "error: --trained-steps must be 3 to 200, got 2"),
+    ],
+)
+def test_what_cannot_be_raced_is_refused_in_one_line(tmp_path, options, message):
+    done = run_race("--model", "mini-sd", "--output", str(tmp_path), *options)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("fast", "is none; there are eager, compile"), ("graph", "--engines graph: ")],
+)
+def test_an_engine_that_cannot_be_used_is_refused(engine, message):
+    check_engines(["eager"], torch.device("cpu"))
+    with pytest.raises(UserError, match=message):
+        check_engines(["eager", engine], torch.device("cpu"))
+
+
+def test_names_of_a_list_may_have_spaces_around_them():
+    assert split("apt, dco ,") == ["apt", "dco"]
