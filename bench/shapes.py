@@ -78,7 +78,9 @@ PROJECTIONS: dict[str, list[Shape]] = {
     "SDXL projections": _block(1024, 1280, SDXL_TEXT, 32) * SDXL_BLOCKS[1280]
     + _block(4096, 640, SDXL_TEXT, 32) * SDXL_BLOCKS[640],
     "SDXL projections, a block": _block(1024, 1280, SDXL_TEXT, 32),
-    "mini-sdxl projections": _block(64, 64, MINI_TEXT, 4) * 3 + _block(16, 80, MINI_TEXT, 4) * 8,
+    "mini-sdxl projections": _block(256, 48, MINI_TEXT, 4) * 3
+    + _block(64, 64, MINI_TEXT, 4) * 6
+    + _block(16, 96, MINI_TEXT, 4),
 }
 # A prediction: at 1024 px, and at 512 px for SD1.5.
 LATENTS: dict[str, list[Shape]] = {

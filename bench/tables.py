@@ -9,8 +9,6 @@ from bench import ROOT
 from bench.gpu import MAIN_WORKLOAD, list_targets
 from bench.option_tables import options_table
 from bench.preservation_tables import following_table, preservation_table
-from bench.race_results import read_race
-from bench.race_tables import race_tables
 from bench.rows import Row, find_row
 from bench.step_rows import list_gpu_targets
 from bench.step_tables import cpu_step_table, gpu_step_table
@@ -69,6 +67,10 @@ def write_tables(results: Path) -> str:
 
 def write_race_tables(results: Path) -> str:
     """Return the tables of the latest race of each model, on the CPU and on a GPU."""
+    # With pydantic, which a machine that only makes the other tables may not have.
+    from bench.race_results import read_race
+    from bench.race_tables import race_tables
+
     races = [
         read_race(path)
         for device in ("cpu", "cuda")

@@ -113,7 +113,8 @@ MODEL_NAME_KEYS = ("ss_base_model_version", "modelspec.architecture")
 # Where files of fastppt name the family itself.
 FAMILY_KEY = "fastppt.family"
 
-# Layers of a UNet that one family has and the other has not.
+# Layers of a UNet that one family has and the other has not; an SDXL of another size than the
+# published one may have attention where only SD has it, but never SD where only SDXL has it.
 ONLY_SD = re.compile(r"down_blocks\.0\.attentions\.|up_blocks\.[23]\.attentions\.")
 ONLY_SDXL = re.compile(r"up_blocks\.0\.attentions\.|.*\.transformer_blocks\.[1-9]|add_embedding\.")
 
@@ -257,15 +258,16 @@ def _clues(layers: Collection[LayerName], kohya_names: Collection[str]) -> list[
             clues.append(("sd", f"key {name}"))
         elif name.startswith(("lora_te1_", "lora_te2_")):
             clues.append(("sdxl", f"key {name}"))
+    is_sdxl = any(component == "unet" and ONLY_SDXL.match(path) for component, path in layers)
     is_joint = not any(OTHER_TRANSFORMERS.match(path) for _, path in layers)
     for component, path in layers:
         layer = f"layer {component}.{path}"
         if component == "transformer" and is_joint and JOINT_ATTENTION.match(path):
             clues.append(("sd3", layer))
-        elif component == "unet" and ONLY_SD.match(path):
-            clues.append(("sd", layer))
         elif component == "unet" and ONLY_SDXL.match(path):
             clues.append(("sdxl", layer))
+        elif component == "unet" and ONLY_SD.match(path) and not is_sdxl:
+            clues.append(("sd", layer))
     networks = {component for component, _ in layers}
     if "text_encoder_2" in networks and "transformer" not in networks and "unet" in networks:
         clues.append(("sdxl", "adapts text_encoder_2 beside a unet"))

@@ -25,8 +25,7 @@ class StableDiffusionXL(UNetFamily):
     lora_component = "unet"
     kohya_model_version = "sdxl_base_v1-0"
     modelspec_architecture = "stable-diffusion-xl-v1-base"
-    # Adaptive Personalized Training, arXiv 2507.02687: the coarser two up blocks, and T.
-    aligned_blocks: tuple[str, ...] = ("up_blocks.0", "up_blocks.1")
+    # T of Adaptive Personalized Training, arXiv 2507.02687.
     indicator_temperature = 1000.0
     sampler, sampler_guidance = "euler", 5.0
 
@@ -34,6 +33,9 @@ class StableDiffusionXL(UNetFamily):
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__(pipeline, model, device, dtype)
+        self.aligned_blocks: tuple[str, ...] = blocks_with_attention(
+            pipeline.unet.config.up_block_types
+        )
         # The first encoder is read before its last layer, and nothing pooled of it.
         last = pipeline.text_encoder.config.num_hidden_layers - 1
         self.unread_projections: tuple[str, ...] = tuple(
@@ -103,3 +105,14 @@ class StableDiffusionXL(UNetFamily):
             scheduler=type(self._pipeline.scheduler).from_config(self._pipeline.scheduler.config),
             force_zeros_for_empty_prompt=self._pipeline.config.force_zeros_for_empty_prompt,
         )
+
+
+def blocks_with_attention(up_block_types: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of the up blocks whose layers Adaptive Personalized Training holds.
+
+    Those with attention: of the published UNet the coarser two, as in the paper
+    (arXiv 2507.02687).
+    """
+    return tuple(
+        f"up_blocks.{index}" for index, kind in enumerate(up_block_types) if "CrossAttn" in kind
+    )

@@ -141,20 +141,26 @@ def build_mini_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
 
 
 def _build_unet() -> UNet2DConditionModel:
-    """Build the UNet: cross-attention at 8x8 (one layer deep) and at 4x4 (two; SDXL: 2 and 10)."""
+    """Build the UNet: cross-attention at 16x16 (one layer deep) and 8x8 (two; SDXL: 2 and 10).
+
+    SDXL has none at its highest resolution, where latents are 128 pixels wide. Here the highest is
+    the only one at which the parts of an object are more than a pixel, so an adapter of attention
+    could not learn a subject without it.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(40, 64, 80),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 64, 96),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
-        transformer_layers_per_block=(1, 1, 2),
-        # In a UNet's configuration this name means the number of heads: 4 and 5 heads of 16
-        # channels, one width everywhere as in SDXL. The first block has no attention.
-        attention_head_dim=(2, 4, 5),
+        # The last number is the depth of the middle block, at 4x4.
+        transformer_layers_per_block=(1, 2, 1),
+        # In a UNet's configuration this name means the number of heads, each of 16 channels: one
+        # width everywhere, as in SDXL.
+        attention_head_dim=(3, 4, 6),
         use_linear_projection=True,
         # Both text encoders' tokens, side by side.
         cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,

@@ -46,3 +46,14 @@ def test_a_fine_tuned_model_is_told_by_its_layers_and_an_unknown_transformer_is_
     assert detect_family([("unet", layer)], metadata).family == "sdxl"
     assert detect_family([("transformer", JOINT)], metadata).family is None
     assert detect_family([("unet", layer)], {"ss_base_model_version": ""}).family == "sdxl"
+
+
+def test_a_small_sdxl_may_have_attention_where_only_sd_has_it() -> None:
+    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    deep = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    assert detect_family([("unet", first)], {}).family == "sd"
+    for layers in ([first, deep], [deep, first]):
+        assert detect_family([("unet", path) for path in layers], {}).family == "sdxl"
+    # Text encoders of both kinds speak against each other all the same.
+    unet, names = [("unet", first), ("unet", deep)], ["lora_te_text_model_encoder_layers_0_mlp_fc1"]
+    assert detect_family(unet, {}, names).family is None

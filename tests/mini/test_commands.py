@@ -48,7 +48,7 @@ def test_export_writes_a_folder_that_diffusers_loads(model: str, tmp_path: Path)
 
 def test_export_without_a_model_or_seed_is_that_of_the_trained_mini_sdxl(tmp_path: Path) -> None:
     output = run("export", tmp_path / "mini").output
-    assert output.startswith("export: wrote mini-sdxl of 3.96 M parameters (trained) to ")
+    assert output.startswith("export: wrote mini-sdxl of 3.94 M parameters (trained) to ")
     unet = load_file(tmp_path / "mini" / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(unet["conv_in.weight"], build_mini("mini-sdxl").unet.conv_in.weight)
 

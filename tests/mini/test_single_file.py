@@ -33,7 +33,7 @@ PUBLISHED = {
         "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (256, 64),
     },
     "mini-sdxl": {
-        "model.diffusion_model.label_emb.0.0.weight": (160, 272),
+        "model.diffusion_model.label_emb.0.0.weight": (192, 272),
         "model.diffusion_model.input_blocks.3.1.proj_in.weight": (64, 64),
         "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": (
             *(24, 48),

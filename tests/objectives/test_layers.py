@@ -14,7 +14,7 @@ from fastppt.errors import UserError
 from fastppt.families.attention import make_adaptable, text_attentions
 from fastppt.families.loading import load_family
 from fastppt.families.names import MINI_MODELS
-from fastppt.families.sdxl import StableDiffusionXL
+from fastppt.families.sdxl import StableDiffusionXL, blocks_with_attention
 from fastppt.objectives.attention_alignment import aligned_attentions
 from fastppt.objectives.feature_alignment import aligned_layers
 from fastppt.objectives.layers import Outbox, collect, match_layers
@@ -44,7 +44,8 @@ def test_full_size_defaults_are_those_of_the_paper() -> None:
     network = full_size_unet()
     make_adaptable(network, lambda query, key, value, mask: value)
     layers = StableDiffusionXL.feature_layers(SimpleNamespace(network=network))
-    blocks = StableDiffusionXL.aligned_blocks
+    blocks = blocks_with_attention(network.config.up_block_types)
+    assert blocks == ("up_blocks.0", "up_blocks.1")
     features = match_layers(None, layers, blocks, "key")
     wanted = [f"up_blocks.{block}.attentions.{layer}" for block in (0, 1) for layer in (0, 1, 2)]
     assert features == wanted

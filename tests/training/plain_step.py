@@ -19,18 +19,18 @@ from tests.training.plain_text import PlainText
 # For each mini model: whose features and whose attention maps are held by default.
 UP = "up_blocks.{}.attentions.{}"
 FEATURE_LAYERS = {
-    "mini-sdxl": [UP.format(block, layer) for block in (0, 1) for layer in (0, 1)],
+    "mini-sdxl": [UP.format(block, layer) for block in (1, 2) for layer in (0, 1)],
     "mini-sd": [UP.format(block, layer) for block in (2, 3) for layer in (0, 1)],
     "mini-sd3": ["transformer_blocks.1", "transformer_blocks.2"],
 }
 ATTENTION_LAYERS = {
     "mini-sdxl": [
         *(
-            f"{UP.format(0, layer)}.transformer_blocks.{depth}.attn2"
+            f"{UP.format(1, layer)}.transformer_blocks.{depth}.attn2"
             for layer in (0, 1)
             for depth in (0, 1)
         ),
-        *(f"{UP.format(1, layer)}.transformer_blocks.0.attn2" for layer in (0, 1)),
+        *(f"{UP.format(2, layer)}.transformer_blocks.0.attn2" for layer in (0, 1)),
     ],
     "mini-sd": [f"{name}.transformer_blocks.0.attn2" for name in FEATURE_LAYERS["mini-sd"]],
     "mini-sd3": ["transformer_blocks.1.attn", "transformer_blocks.2.attn"],

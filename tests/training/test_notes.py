@@ -49,8 +49,8 @@ def test_each_layer_has_its_own_name(make_config: MakeConfig) -> None:
         return metrics_of(step, 1)[0]
 
     row = first_row()
-    feature = "up_blocks.1.attentions.0"
-    attention = "up_blocks.0.attentions.1.transformer_blocks.1.attn2"
+    feature = "up_blocks.2.attentions.0"
+    attention = "up_blocks.1.attentions.1.transformer_blocks.1.attn2"
     layers = {"feature_alignment": feature, "attention_alignment": attention}
     alone = first_row(**{f"{OBJECTIVES}.{name}.layers": [layers[name]] for name in layers})
     for term in ("feature_mean", "feature_std"):

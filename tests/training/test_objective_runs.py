@@ -117,7 +117,7 @@ def test_float16_steps_with_all_objectives_stay_finite(make_config: MakeConfig, 
 @pytest.mark.parametrize(
     ("objective", "pattern", "near"),
     [
-        ("feature_alignment", "up_blocks.0.attention.0", "up_blocks.0.attentions.0"),
+        ("feature_alignment", "up_blocks.1.attention.0", "up_blocks.1.attentions.0"),
         ("attention_alignment", "*.attn1", "transformer_blocks.0.attn2"),
     ],
 )
@@ -136,17 +136,17 @@ def test_a_pattern_without_a_layer_is_refused_before_the_output_is_touched(
 
 def test_patterns_choose_layers(make_config: MakeConfig) -> None:
     settings = {
-        f"{OBJECTIVES}.feature_alignment.layers": ["mid_block.*", "down_blocks.0.*"],
-        f"{OBJECTIVES}.attention_alignment.layers": ["down_blocks.1.*"],
+        f"{OBJECTIVES}.feature_alignment.layers": ["mid_block.*", "down_blocks.2.*"],
+        f"{OBJECTIVES}.attention_alignment.layers": ["down_blocks.0.*"],
     }
     family = load("mini-sdxl")
     config = make_config("lora", **settings)
     build_trainables(config, family)
     layers, attentions = layers_to_align(family, config.stage[0].objectives, OBJECTIVES)
     network = family.network
-    wanted = ["down_blocks.0.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0"]
+    wanted = ["down_blocks.2.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0"]
     assert layers == {name: network.get_submodule(name) for name in wanted}
-    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     assert attentions == {name: network.get_submodule(name).processor}
 
 
