@@ -19,13 +19,13 @@ export HF_HUB_OFFLINE ?= 1
 
 DEMO := demo-run
 # Rates and weight suit the mini model; full-size models have other ones, which the recipes say.
-DEMO_RUN := --model mini-sdxl --photos $(DEMO)/photos --class-noun robot --steps 300 --batch-size 4 \
-	--rank 16 --learning-rate 3e-3 --seed 0 --no-samples --overwrite
+DEMO_RUN := --model mini-sdxl --photos $(DEMO)/photos --class-noun robot --steps 400 --batch-size 4 \
+	--rank 16 --learning-rate 2e-3 --seed 0 --no-samples --overwrite
 
 demo: .venv/installed
 	$(BIN)/python -m fastppt.mini photos $(DEMO)/photos
 	$(BIN)/fastppt train --recipe lora $(DEMO_RUN) --output $(DEMO)/lora
-	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --anchor-weight 0.01 --output $(DEMO)/ppt-lora
+	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --anchor-weight 0.001 --output $(DEMO)/ppt-lora
 	$(BIN)/fastppt evaluate $(DEMO)/lora $(DEMO)/ppt-lora --samples 24 --sampler-steps 12 --output $(DEMO)
 
 test: .venv/installed-test

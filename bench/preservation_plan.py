@@ -20,7 +20,7 @@ LORA_RATE, TEXT_LORA_RATE, WORD_RATE, FULL_RATE, CROSS_RATE = 1e-3, 1e-4, 5e-3, 
 # Of the anchor in the recipes on LoRA (effective form) and on the network's own weights (raw form).
 # The first is to be the "calibrated anchor weight" of the bench's own report, and is a guess until
 # there is one; `make demo` trains with the same.
-LORA_ANCHOR_WEIGHT, FULL_ANCHOR_WEIGHT = 1e-2, 1e-2
+LORA_ANCHOR_WEIGHT, FULL_ANCHOR_WEIGHT = 1e-3, 1e-2
 # A sweep begins without an anchor: the recipe `lora`.
 SWEEP = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NUM_CLASS_IMAGES, CLASS_IMAGE_STEPS, GUIDANCE_SCALE = 100, 20, 4.0

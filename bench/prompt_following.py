@@ -66,7 +66,8 @@ def draw_sheet(pictures: Tensor, prompts: Sequence[str], path: Path) -> None:
     """Draw the first 64 pictures with their prompts."""
     size = SHEET_SIDE * SHEET_INCHES
     figure = Figure(figsize=(size, 1.25 * size), dpi=100, layout="constrained")
-    for axes in (all_axes := figure.subplots(SHEET_SIDE, SHEET_SIDE).flat):
+    all_axes = figure.subplots(SHEET_SIDE, SHEET_SIDE).flatten()
+    for axes in all_axes:
         axes.axis("off")
     for axes, picture, prompt in zip(all_axes, pictures, prompts, strict=False):
         axes.imshow((picture.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy())

@@ -2,7 +2,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench import prompt_following
 from fastppt.mini import judge
@@ -24,7 +26,11 @@ def test_the_command_writes_shares_with_intervals_and_a_sheet(tmp_path, capsys):
     # The judge is nearly sure of what is rendered.
     assert sum(row["rendered"]["value"] for row in rows.values()) / 5 > 0.5
     assert [rows[name]["wanted"] for name in rows] == [0.9, 0.9, 0.9, None, None]
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(path.with_suffix(".png")) as sheet:
+        shown = np.asarray(sheet.convert("RGB"))
+    # Three pictures with their prompts stand in the first of the rows; the rest is white.
+    assert (shown[: len(shown) // 8] < 250).any(axis=2).mean() > 0.1
+    assert (shown[len(shown) // 4 :] == 255).all()
 
 
 @pytest.mark.slow
