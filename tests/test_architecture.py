@@ -183,6 +183,7 @@ def test_an_installed_fastppt_brings_no_package_named_kernels() -> None:
     assert str(ROOT) not in run.stdout
 
 
+@pytest.mark.slow
 def test_clip_loads_with_the_checkout_on_the_path() -> None:
     code = "import transformers; transformers.CLIPTextModel; import diffusers.pipelines"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

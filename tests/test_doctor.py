@@ -155,6 +155,7 @@ def test_memory_is_not_predicted_without_the_model_s_configuration(
     assert finding.level == "note" and finding.what == "not predicted"
 
 
+@pytest.mark.slow
 def test_command_as_typed_says_the_same() -> None:
     command = [sys.executable, "-m", "fastppt", "doctor", "--model", "nowhere/at/all"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

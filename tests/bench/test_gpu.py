@@ -34,6 +34,7 @@ def measure_on_cpu(plans, tmp_path, *, seconds=60.0, modes=("eager",)):
     return report, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @without_gpu
 def test_without_a_gpu_the_command_says_so_and_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")]
@@ -198,7 +199,11 @@ def test_without_the_trainer_only_the_kernels_are_tested(gpu_tests_in):
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (f"{MARK}def test_a(): pass\n\n{MARK}def test_b(): assert False\n", "red"),
+        pytest.param(
+            f"{MARK}def test_a(): pass\n\n{MARK}def test_b(): assert False\n",
+            "red",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             f"{MARK}def test_a(): pytest.skip()\n", "no gpu test passed", marks=pytest.mark.slow
         ),

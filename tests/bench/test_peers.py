@@ -146,6 +146,7 @@ def job_of(family, tmp_path, *, prior=False, **settings):
     )
 
 
+@pytest.mark.slow
 def test_a_trainer_is_run_on_the_race_and_joins_it(diffusers, given, tmp_path):
     own = [*diffusers, *given, "--seed", 7, "--rounds", 2]
     first = call(*own, "--output", tmp_path / "plain")

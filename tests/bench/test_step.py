@@ -40,6 +40,7 @@ def time_mini(photos):
     return time_them
 
 
+@pytest.mark.slow
 def test_every_way_gets_a_row_with_its_costs(time_mini):
     rows, refusals = time_mini(WAYS)
     assert not refusals

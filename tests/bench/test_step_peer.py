@@ -83,6 +83,7 @@ def test_a_step_of_the_peer_moves_all_its_adapters(open_model):
     assert all(parameter.grad is None for parameter in peer.parameters)
 
 
+@pytest.mark.slow
 def test_cached_latents_save_the_vae_and_prior_preservation_doubles_the_network(open_model):
     source, ours = open_model("mini-sdxl", torch.float32, batch_size=1)
     ours_flops = count_flops(ours.gradients)

@@ -122,6 +122,7 @@ def test_everything_that_a_step_writes_is_in_the_snapshot(make_config: MakeConfi
     assert seen == {storage_of(tensor) for tensor in written_tensors(steps[0])}
 
 
+@pytest.mark.slow
 def test_what_is_left_out_of_the_snapshot_is_seen_to_change(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
