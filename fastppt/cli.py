@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import sys
 import threading
@@ -33,6 +34,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a text-to-image model one subject without letting it forget the rest.",
 )
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse infinity, which an option without an upper bound lets in."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number, got {value:g}")
+    return value
 
 
 def main() -> None:
@@ -156,7 +164,8 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0.0, help="Classifier-free guidance scale.")
+        float | None,
+        typer.Option(min=0.0, callback=finite, help="Classifier-free guidance scale."),
     ] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels.")] = None,
     output: Annotated[

@@ -188,6 +188,8 @@ def test_generate_refuses_what_it_cannot_draw_or_write(trained: Path, tmp_path: 
     arguments = ["generate", "--lora", trained, "--prompt", "a toy", "--steps", 1]
     result = run(*arguments, "--resolution", 50, "--device", "cpu")
     assert result.exit_code == 2 and "must be a multiple of 16" in result.stderr
+    result = run(*arguments, "--guidance-scale", "inf")
+    assert result.exit_code == 2 and "must be a finite number, got inf" in result.stderr
     (tmp_path / "file").write_text("mine")
     result = run(*arguments, "--output", tmp_path / "file", "--device", "cpu")
     assert result.exit_code == 2 and "cannot be written" in result.stderr

@@ -33,7 +33,7 @@ from fastppt.mini.judge import load_judge
 from fastppt.mini.world import IMAGE_SIZE, NOUNS
 from fastppt.outputs.finished import run_config_of
 from fastppt.outputs.folder import RunFolder
-from fastppt.outputs.loading import load
+from fastppt.outputs.loading import OtherNetworkError, load
 from fastppt.outputs.lora_metadata import learned_word
 from fastppt.outputs.results import files_of_run
 
@@ -202,8 +202,8 @@ def _tuned_pipeline(folder: Path) -> Any:
     with quiet_truncation():
         try:
             return load(_pipeline(), folder)
-        # Of torch, for adapters of other shapes.
-        except RuntimeError as error:
+        # Of torch, for adapters of the text encoders of other shapes.
+        except (OtherNetworkError, RuntimeError) as error:
             raise UserError(
                 f"{folder}: does not fit the {WORLD_MODEL} of this version of fastppt, so it was "
                 f"trained on that of another; train it again ({str(error).splitlines()[0]})"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from fastppt.config import RunConfig
 from fastppt.errors import UserError
 from fastppt.families.lora_keys import FAMILY_KEY, LAYOUTS
 from fastppt.families.names import PIPELINES, family_of_pipeline
+from fastppt.outputs.adapters import Adapter, LoraFile
 from fastppt.outputs.embeddings import Embedding, embedding_name, read_embedding
 from fastppt.outputs.finished import CONFIG_FILE, run_config_of
 from fastppt.outputs.lora_files import DIFFUSERS_FILE, has_lora
@@ -23,6 +26,10 @@ from fastppt.outputs.results import check_libraries
 from fastppt.trainables.trainables import LORA
 
 Pipeline = TypeVar("Pipeline")
+
+
+class OtherNetworkError(UserError):
+    """A run's LoRA is of a network of other layers or widths."""
 
 
 def load(pipe: Pipeline, run: Path) -> Pipeline:
@@ -54,11 +61,38 @@ def load(pipe: Pipeline, run: Path) -> Pipeline:
             )
         put_network_(network, component, run, config)
     if files.lora is not None:
+        check_lora_fits(getattr(pipe, component), files.lora.components.get(component, {}), run)
         load_lora: Any = pipe
-        load_lora.load_lora_weights(str(run), weight_name=files.lora)
+        load_lora.load_lora_weights(str(run), weight_name=DIFFUSERS_FILE)
     if files.embedding is not None:
         teach_word(pipe, files.embedding)
     return pipe
+
+
+def check_lora_fits(network: nn.Module, adapters: Mapping[str, Adapter], run: Path) -> None:
+    """Refuse a LoRA of another network, before anything is added to it.
+
+    Args:
+        network: A pipeline's, with adapters or without.
+        adapters: The LoRA's, by module path.
+        run: The folder, for messages.
+
+    Raises:
+        OtherNetworkError: the network has no such layer, or one of other widths.
+    """
+    layers = dict(network.named_modules())
+    for path, one in adapters.items():
+        if path not in layers:
+            raise OtherNetworkError(
+                f"{run}: its LoRA adapts {path}, and this network has no such layer"
+            )
+        wanted = one.up.shape[0], one.down.shape[1]
+        found = tuple(layers[path].weight.shape[:2])
+        if found != wanted:
+            raise OtherNetworkError(
+                f"{run}: its LoRA adapts {path} as a layer of {wanted[1]} to {wanted[0]} values, "
+                f"and in this network it is of {found[1]} to {found[0]}; is it the run's model?"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,12 +101,12 @@ class _Files:
 
     Attributes:
         families: The family that each file names, as far as it does.
-        lora: Name of the LoRA file.
+        lora: The LoRA.
         embedding: The learned word.
     """
 
     families: dict[str, str | None]
-    lora: str | None
+    lora: LoraFile | None
     embedding: Embedding | None
 
 
@@ -92,10 +126,10 @@ def _read_files(run: Path, config: RunConfig) -> _Files:
             raise UserError(
                 f"{run}: diffusers loads its LoRA by the library peft: pip install peft"
             )
-        lora = DIFFUSERS_FILE
-        if not (run / lora).is_file():
-            raise UserError(f"{run}: there is no {lora}; is the run finished?")
-        families["its LoRA"] = read_lora(run / lora).detection.family
+        if not (run / DIFFUSERS_FILE).is_file():
+            raise UserError(f"{run}: there is no {DIFFUSERS_FILE}; is the run finished?")
+        lora = read_lora(run / DIFFUSERS_FILE)
+        families["its LoRA"] = lora.detection.family
     word = learned_word(config)
     if word is not None:
         embedding = read_embedding(run / embedding_name(word))

@@ -193,7 +193,7 @@ def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_version_of_the_model_is_refused(trained: Path, tmp_path: Path) -> None:
-    """Whose attention had another width: diffusers itself says so with a torch error."""
+    """Whose attention had another width."""
     folder = shutil.copytree(trained, tmp_path / "out")
     file = folder / DIFFUSERS_FILE
     with safe_open(file, "pt") as opened:

@@ -168,6 +168,7 @@ def test_run_of_another_model_is_refused_and_both_are_named(
         ("custom_diffusion", "is it the run's model"),
         pytest.param("svdiff", "other singular values than the weight", marks=slow),
         pytest.param("oft", "made for another", marks=slow),
+        ("lora", r"of 64 to 32 values, .* of 99 to 32; is it the run's model"),
     ],
 )
 def test_network_of_another_shape_is_refused(
