@@ -26,7 +26,7 @@ from bench.preservation_cells import (
     list_cells,
     run_cell,
 )
-from bench.preservation_claims import answer_claims, calibrate
+from bench.preservation_claims import answer_claims, calibrate, weigh_sweep
 from bench.preservation_plan import (
     METHODS,
     NOUNS,
@@ -107,6 +107,7 @@ def make_report(cells: Sequence[Row], plan: Plan, methods: Sequence[Method]) -> 
         "intervals": "95 %, Student's t over subjects, each the mean of its seeds",
         "rows": summarise(cells, names),
         "claims": answer_claims(cells),
+        "anchor weights": weigh_sweep(cells),
         "calibrated anchor weight": calibrate(cells),
         "cpu seconds": sum(cell["cpu seconds"] for cell in cells),
         "cells": list(cells),

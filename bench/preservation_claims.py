@@ -44,8 +44,6 @@ RARE = "the two-stage rare token beats DreamBooth at equal steps"
 
 DRIFTS = ("class_noise", "other_noise")
 OTHER_DRIFTS = ("other_noise", "other_frechet")
-# The largest weight of the sweep under which the subject keeps so much of what it gains by LoRA.
-KEPT_GAIN = 0.9
 
 
 def answer_claims(cells: Sequence[Row]) -> list[Row]:
@@ -59,26 +57,44 @@ def answer_claims(cells: Sequence[Row]) -> list[Row]:
     ]
 
 
-def calibrate(cells: Sequence[Row]) -> float | None:
-    """Return the largest anchor weight that keeps `KEPT_GAIN` of what LoRA gains in fidelity.
+def weigh_sweep(cells: Sequence[Row]) -> list[Row]:
+    """Return what each anchor weight of the sweep keeps and what it takes away, by weight.
+
+    kept = (likeness - base's) / (likeness of LoRA - base's)
+    taken = 1 - drift / drift of LoRA, by the Frechet distance of other classes
+    balance = 2 kept taken / (kept + taken); 0 where either is not above 0
 
     Returns:
-        None where no weight does, LoRA gains nothing, or there are no cells of it or of the base.
+        Nothing where LoRA gains nothing or drifts nowhere, or there are no cells of it or of the
+        base.
     """
-    sweep = sweep_of(cells)
-    base = cells_of(cells, "base")
+    sweep, base = sweep_of(cells), cells_of(cells, "base")
     if not base or not sweep or sweep[0][0] != 0:
-        return None
-    fidelity = number("subject_fidelity")
-    start = mean_over_subjects(base, fidelity).mean
-    gains = {
-        weight: mean_over_subjects(cells_of(cells, name), fidelity).mean - start
-        for weight, name in sweep
-    }
-    if gains[0.0] <= 0:
-        return None
-    kept = [weight for weight, gain in gains.items() if gain >= KEPT_GAIN * gains[0.0]]
-    return max(kept) or None
+        return []
+
+    def means(name: str) -> tuple[float, float]:
+        mine = cells_of(cells, name)
+        likeness = mean_over_subjects(mine, number("subject_fidelity")).mean
+        return likeness, mean_over_subjects(mine, number("other_frechet")).mean
+
+    start = mean_over_subjects(base, number("subject_fidelity")).mean
+    learned, drifted = means(sweep[0][1])
+    if learned <= start or drifted <= 0:
+        return []
+    rows: list[Row] = []
+    for weight, name in sweep[1:]:
+        likeness, drift = means(name)
+        kept, taken = (likeness - start) / (learned - start), 1 - drift / drifted
+        both = min(kept, taken) > 0
+        balance = 2 * kept * taken / (kept + taken) if both else 0.0
+        rows.append({"weight": weight, "kept": kept, "taken": taken, "balance": balance})
+    return rows
+
+
+def calibrate(cells: Sequence[Row]) -> float | None:
+    """Return the anchor weight of the best balance in `weigh_sweep`; None where none has any."""
+    rows = [row for row in weigh_sweep(cells) if row["balance"] > 0]
+    return max(rows, key=lambda row: row["balance"])["weight"] if rows else None
 
 
 def sweep_of(cells: Sequence[Row]) -> list[tuple[float, str]]:

@@ -62,7 +62,13 @@ def draw_indicator(cells: Sequence[Row], path: Path) -> None:
             label = f"{100 * index // mean.shape[1]} to {100 * (index + 1) // mean.shape[1]} %"
             color = colormaps["viridis"]((index + 0.5) / mean.shape[1])
             axes.plot(parts, values, color=color, label=label)
-        axes.legend(title="part of the timesteps\n(0 %: least noise)", fontsize="small")
+        # Beside the curves, which fill the axes.
+        axes.legend(
+            title="part of the timesteps\n(0 %: least noise)",
+            fontsize="small",
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
     axes.set(xlabel="part of the steps, %", ylabel="overfitting indicator", ylim=(-0.02, 1.02))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

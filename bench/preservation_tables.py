@@ -79,10 +79,29 @@ def preservation_table(report: Row | None, machine: str) -> str:
         lines.append("| " + " | ".join([row["method"], *cells]) + " |")
     lines += ["", "| claim | | what it rests on |", "|---|---|---|"]
     lines += [_claim_line(claim) for claim in report["claims"]]
+    return "\n".join([*lines, *_weight_lines(report)])
+
+
+def _weight_lines(report: Row) -> list[str]:
+    """Return a line an anchor weight, and which of them is calibrated; none without a sweep."""
     weight = report["calibrated anchor weight"]
-    if weight is not None:
-        lines += ["", f"Anchor weight that these numbers calibrate for mini-sdxl: {weight:g}."]
-    return "\n".join(lines)
+    if weight is None:
+        return []
+    lines = [
+        "",
+        "| anchor weight of ppt-lora | of lora's gain in likeness, kept "
+        "| of its Frechet distance of other classes, taken away | harmonic mean |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['weight']:g} | {row['kept']:.2f} | {row['taken']:.2f} | {row['balance']:.2f} |"
+        for row in report["anchor weights"]
+    ]
+    return [
+        *lines,
+        "",
+        f"The anchor weight that these numbers calibrate for mini-sdxl: {weight:g}.",
+    ]
 
 
 def following_table(report: Row | None, machine: str) -> str:

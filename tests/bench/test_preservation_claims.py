@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from bench.bench_preservation import make_report
 from bench.preservation_cells import (
     summarise_indicator,
 )
@@ -13,6 +14,7 @@ from bench.preservation_claims import (
     RARE,
     answer_claims,
     calibrate,
+    weigh_sweep,
 )
 from bench.preservation_plan import (
     APT,
@@ -23,11 +25,13 @@ from bench.preservation_plan import (
     DREAMBOOTH_PRIOR,
     LORA,
     LORA_PRIOR,
+    METHODS,
     PPT_DREAMBOOTH,
     PPT_LORA,
     RARE_TOKEN,
     WITHOUT_ADAPTING,
     WITHOUT_FEATURES,
+    Plan,
 )
 from bench.preservation_plots import pareto_front
 from bench.preservation_statistics import (
@@ -41,6 +45,7 @@ from bench.preservation_statistics import (
     number,
     summarise,
 )
+from bench.preservation_tables import preservation_table
 
 SUBJECTS, SEEDS = range(3), range(2)
 # What a method has of each measure unless a test says otherwise.
@@ -272,14 +277,48 @@ def test_the_rare_token_must_be_better_in_what_is_learned_and_in_what_is_kept():
     assert verdict(made(RARE_TOKEN, **worse) + made(DREAMBOOTH), RARE)["verdict"] == FAILS
 
 
-def test_the_calibrated_weight_is_the_largest_that_keeps_most_of_the_gain():
+def weighed(drifts, fidelities):
+    """Cells of the base, of LoRA and of weights 0.1, 1 and 10 with these means."""
     base = [{**cell, "seconds": {"whole": 1.0}} for cell in made("base", subject_fidelity=0.4)]
+    mean = mean_over_subjects(made(LORA, other_frechet=0.0), number("other_frechet")).mean
+    cells = sweep((1.0,) * 4, fidelities)
+    for weight, drift in zip((0.0, 0.1, 1.0, 10.0), drifts, strict=True):
+        for cell in cells:
+            if cell["anchor weight"] == weight:
+                cell["numbers"]["other_frechet"] += drift - mean - PLAIN["other_frechet"]
+    return base + cells
+
+
+def test_a_weight_is_weighed_by_what_it_keeps_and_what_it_takes_away():
+    rows = weigh_sweep(weighed((4.0, 3.0, 2.0, 1.0), (0.9, 0.88, 0.86, 0.7)))
+    assert [row["weight"] for row in rows] == [0.1, 1.0, 10.0]
+    assert [row["kept"] for row in rows] == pytest.approx([0.96, 0.92, 0.6], abs=0.01)
+    assert [row["taken"] for row in rows] == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
+    assert [row["balance"] for row in rows] == pytest.approx([0.397, 0.648, 0.667], abs=0.01)
+    falling = weighed((4.0, 5.0, 3.9, 1.0), (0.9, 0.88, 0.86, 0.3))
+    assert [row["balance"] > 0 for row in weigh_sweep(falling)] == [False, True, False]
+
+
+def test_the_calibrated_weight_is_the_one_of_the_best_balance():
     drifts = (4.0, 3.0, 2.0, 1.0)
-    # Of a gain of 0.5 these keep 100, 96, 92 and 60 %.
-    assert calibrate(sweep(drifts) + base) == 1.0
-    assert calibrate(sweep(drifts, (0.9, 0.5, 0.5, 0.5)) + base) is None
-    assert calibrate(sweep(drifts, (0.3, 0.3, 0.3, 0.3)) + base) is None
+    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.7))) == 10.0
+    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.5))) == 1.0
+    # Nothing is taken away; LoRA gains nothing; there is no base.
+    assert calibrate(weighed((4.0, 5.0, 5.0, 5.0), (0.9, 0.88, 0.86, 0.7))) is None
+    assert calibrate(weighed(drifts, (0.3, 0.3, 0.3, 0.3))) is None
     assert calibrate(sweep(drifts)) is None
+
+
+def table_of(cells):
+    timed = [{**cell, "cpu seconds": 1.0} for cell in cells]
+    return preservation_table(make_report(timed, Plan(3, 2), METHODS[:1]), "a machine")
+
+
+def test_the_table_says_what_each_weight_keeps_and_which_is_calibrated():
+    table = table_of(weighed((4.0, 3.0, 2.0, 1.0), (0.9, 0.88, 0.86, 0.7)))
+    assert "| 0.1 | 0.96 | 0.25 | 0.40 |" in table and "| 10 | 0.60 | 0.75 | 0.67 |" in table
+    assert table.endswith("The anchor weight that these numbers calibrate for mini-sdxl: 10.")
+    assert "calibrate" not in table_of(made("base"))
 
 
 def test_means_stand_by_method_with_their_intervals():
