@@ -33,6 +33,9 @@ FAMILIES = (PRODUCTS, ATTENTION, POINTWISE, UPDATE, ALIGNMENT, COPIES, OTHER, BE
 GPU_PATTERNS = (
     (UPDATE, r"^(anchor_penalty|weighted_sum|anchored_adamw|lora_(gram|reduce|apply))_?"),
     (ALIGNMENT, r"^(attention_(logsumexp|map|difference|sum_splits)|feature_|denoising_)"),
+    # Inductor's are called after all that it fused, the products' neighbours and casts included.
+    (COPIES, r"^triton_poi_fused_(_to_copy|clone|copy_?|cat)_\d+"),
+    (POINTWISE, r"^triton_(poi|red|per|for|mix)_"),
     (ATTENTION, r"flash|fmha|sdpa|attention|softmax"),
     (COPIES, r"^mem(cpy|set)|copy|catarray|nchwtonhwc|nhwctonchw|transpose|fillfunctor"),
     (
@@ -43,8 +46,8 @@ GPU_PATTERNS = (
     (UPDATE, r"multi_tensor|adam"),
     (
         POINTWISE,
-        r"norm|moments|elementwise|reduce|triton_(poi|red|per|for)|silu|gelu|upsample|index|"
-        r"gather|distribution|scan|vectorized",
+        r"norm|moments|fusedparams|internalgradients|gammabeta|elementwise|reduce|silu|gelu|"
+        r"upsample|index|gather|distribution|scan|vectorized",
     ),
 )
 # Likewise of an operator of torch on the CPU.
@@ -57,7 +60,7 @@ CPU_PATTERNS = (
         r"result_type|is_|lift|item|_local_scalar|flatten|movedim|swap)",
     ),
     (ATTENTION, r"^(aten|fastppt_kernels)::.*(attention|softmax)"),
-    (PRODUCTS, r"^(aten|mkl\w*)::.*(mm|mv|dot|linear|conv|einsum|matmul)"),
+    (PRODUCTS, r"^(aten|mkl\w*)::.*(mm|mv|dot|(?<!bi)(?<!tri)linear|conv|einsum|matmul)"),
     (COPIES, r"^aten::(copy_|clone|contiguous|to$|_to_copy|cat|stack|fill_|zero|full)"),
     (POINTWISE, r"^aten::"),
 )

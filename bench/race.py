@@ -22,6 +22,7 @@ from bench.race_plan import (
     ENGINES,
     LEAST_SAMPLED,
     LEAST_TRAINED,
+    SAMPLING_BATCH,
     RacePlan,
     check_part,
     list_entrants,
@@ -70,7 +71,9 @@ def race(
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the network.")
     ] = "auto",
     rank: Annotated[int, typer.Option(min=1, help="Of every LoRA.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each entrant runs.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often each entrant runs; of one, steps have a spread.")
+    ] = 1,
     sampling_rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds that sample class images; unset: all.")
     ] = None,
@@ -86,12 +89,13 @@ def race(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each entrant.")] = 1,
     work: Annotated[
-        Path | None, typer.Option(help="Keep what the jobs write here; unset: it is deleted.")
+        Path | None, typer.Option(help="Keep what jobs write in this new folder; unset: delete it.")
     ] = None,
 ) -> None:
     """Run a race, print it, and leave its JSON in the output folder."""
-    check_part("sampled-images", sampled_images, class_images, LEAST_SAMPLED)
+    check_part("sampled-images", sampled_images, class_images, LEAST_SAMPLED, SAMPLING_BATCH)
     check_part("trained-steps", trained_steps, steps, LEAST_TRAINED)
+    check_work(work)
     place = resolve_device(device)
     dtype = resolve_dtype(precision, place)
     with tempfile.TemporaryDirectory(prefix="fastppt-race-") as temporary:
@@ -102,7 +106,7 @@ def race(
         if photos is None:
             photos = folder / "photos"
             draw_demo_photos(photos)
-        names = [name.strip() for name in (engines or ",".join(ENGINES[place.type])).split(",")]
+        names = list(ENGINES[place.type]) if engines is None else split(engines)
         check_engines(names, place)
         settings = RaceSettings(
             model=model,
@@ -137,8 +141,10 @@ def race(
         machine = describe_machine(place.type)
         # What each entrant is given, not this process.
         machine["threads"] = threads
-        path = output / f"{place.type}-race-{Path(model).name}-{machine['date']}.json"
-        for entrants in run_race(plan, lambda each: print(describe_round(*each), flush=True)):
+        name = Path(model).absolute().name
+        path = output / f"{place.type}-race-{name}-{machine['date']}.json"
+        for last, entrants in run_race(plan):
+            print(describe_round(*last), flush=True)
             report = make_report(machine, settings, entrants, command())
             write_race(path, report)
     print(describe_race(report))
@@ -146,8 +152,18 @@ def race(
 
 
 def split(names: str) -> list[str]:
-    """Return the names of a comma-separated list."""
-    return [name.strip() for name in names.split(",") if name.strip()]
+    """Return the names of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def check_work(work: Path | None) -> None:
+    """Refuse a folder with files in it: class images of an earlier race would not be sampled.
+
+    Raises:
+        UserError: names the folder.
+    """
+    if work is not None and work.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise UserError(f"--work {work}: is no empty folder; give another one, or delete it")
 
 
 def check_engines(names: list[str], device: torch.device) -> None:

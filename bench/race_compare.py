@@ -1,12 +1,13 @@
 """Two races, phase by phase: what became slower or faster by more than the rounds spread."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from bench.race_results import TOTAL, RaceReport, RaceSettings, Ratio
-from bench.race_spreads import WHOLE_JOB, Spread, list_spreads
+from bench.race_spreads import WHOLE_JOB, Spread, extrapolated_phases, list_spreads
 
 Verdict = Literal["worse", "better", "within the spread", "one round: not told"]
 WORSE, BETTER, WITHIN, UNTOLD = "worse", "better", "within the spread", "one round: not told"
@@ -16,6 +17,9 @@ FREE_SETTINGS = {"rounds", "sampling_rounds", "seed"}
 # Of the machine's description: what times depend on.
 MACHINE_KEYS = ("device", "cpu", "threads", "gpu", "driver", "cuda", "python", "torch", "triton")
 MACHINE_KEYS += ("diffusers",)
+# Of numbers that did not change, how many are called worse by chance: by the rounds of each race,
+# of normally distributed rounds. It is less where the least change decides.
+CHANCE = {2: 0.108, 3: 0.030, 4: 0.006, 5: 0.002}
 # Of the old median: less than that is no change, however little the rounds spread.
 LEAST_CHANGE = 0.01
 
@@ -58,6 +62,8 @@ class Comparison:
         only_new: And the other way.
         machine_keys: Which parts of the two machines' descriptions differ: old and new value.
         given: Entrants that were given other settings in the new race.
+        extrapolated: Entrants of either race of which a phase was measured in part, and that phase.
+        rounds: Of the race that has fewer.
     """
 
     numbers: list[Change]
@@ -67,10 +73,26 @@ class Comparison:
     only_new: list[str]
     machine_keys: dict[str, tuple[object, object]]
     given: list[str]
+    extrapolated: list[str]
+    rounds: int
+
+    @property
+    def judged(self) -> list[Change]:
+        return [*self.ratios, *self.numbers]
 
     @property
     def worse(self) -> list[Change]:
-        return [change for change in [*self.numbers, *self.ratios] if change.verdict == WORSE]
+        """What became worse, by the largest factor first."""
+        found = [change for change in self.judged if change.verdict == WORSE]
+        return sorted(found, key=lambda change: -abs(math.log(change.times or 1.0)))
+
+    @property
+    def by_chance(self) -> float | None:
+        """How many would be called worse although nothing had changed; None of one round."""
+        if self.rounds == 1:
+            return None
+        known = sum(change.verdict != UNTOLD for change in self.judged)
+        return known * CHANCE[min(self.rounds, max(CHANCE))]
 
 
 def compare_races(new: RaceReport, old: RaceReport) -> Comparison:
@@ -107,6 +129,8 @@ def compare_races(new: RaceReport, old: RaceReport) -> Comparison:
             if old.machine.get(key) != new.machine.get(key)
         },
         given=[n for n in both if new.entrant(n).settings != old.entrant(n).settings],
+        extrapolated=list(dict.fromkeys(_extrapolated(old, both) + _extrapolated(new, both))),
+        rounds=min(old.settings.rounds, new.settings.rounds),
     )
 
 
@@ -155,6 +179,11 @@ def _spread(ratio: Ratio, settings: RaceSettings) -> Spread:
     once = ratio.what == TOTAL and settings.sampling_rounds == 1
     known = settings.rounds > 1 and not once
     return Spread(ratio.value, ratio.low, ratio.high, is_known=known)
+
+
+def _extrapolated(race: RaceReport, names: Sequence[str]) -> list[str]:
+    phases = {name: extrapolated_phases(race.entrant(name)) for name in names}
+    return [f"{n} ({', '.join(p).replace('_', ' ')})" for n, p in phases.items() if p]
 
 
 def _machine_times(changes: Sequence[Change]) -> float | None:

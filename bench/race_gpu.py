@@ -19,7 +19,7 @@ from bench.time_limit import OutOfTimeError
 
 if TYPE_CHECKING:
     from bench.race_plan import EntrantPlan, RacePlan
-    from bench.race_results import RaceReport, Round
+    from bench.race_results import RaceReport
 
 SUITE = "race"
 COMMAND = "python -m bench.gpu --group race"
@@ -78,6 +78,14 @@ class GpuRace:
         """The first of ours: what is held against the peer."""
         return next(name for name in self.entrants if not name.startswith(PEER))
 
+    @property
+    def part(self) -> str:
+        """What was measured of the work, in words."""
+        return (
+            f"extrapolated from {self.sampled_images} of {self.class_images} class images and "
+            f"{self.trained_steps} of {self.steps} steps; a step is timed as it is"
+        )
+
     def modes(self, modes: Sequence[str]) -> tuple[str, ...]:
         """Return one: how a step is run is a matter of each entrant."""
         return ("jobs",)
@@ -93,7 +101,7 @@ class GpuRace:
         from bench.machine import describe_machine
         from bench.race_ratios import make_report
         from bench.race_results import write_race
-        from bench.race_rounds import collect_entrants, run_race
+        from bench.race_rounds import run_race
         from bench.race_words import describe_round
         from fastppt.errors import UserError
 
@@ -104,20 +112,13 @@ class GpuRace:
         with tempfile.TemporaryDirectory(prefix="fastppt-race-") as work:
             plan = make_plan(self, Path(work), device)
             machine["threads"] = plan.settings.threads
-            done: dict[str, list[Round]] = {}
-
-            def note(each: tuple[int, EntrantPlan, Round]) -> None:
-                """Keep what has run: the next entrant may fail."""
-                print(describe_round(*each), flush=True)
-                done[each[1].name] = [each[2]]
-                found = collect_entrants(plan, done)
-                report = make_report(machine, plan.settings, found, COMMAND)
-                write_race(path, report)
-                rows[:] = [row_of(self, path, report)]
-
             try:
-                for _ in run_race(plan, note, until=until):
-                    pass
+                # Written each time: the next entrant may fail.
+                for last, entrants in run_race(plan, until=until):
+                    print(describe_round(*last), flush=True)
+                    report = make_report(machine, plan.settings, entrants, COMMAND)
+                    write_race(path, report)
+                    rows = [row_of(self, path, report)]
             except UserError as error:
                 return rows, [{"suite": SUITE, "model": self.model, "refused": str(error)}]
         if not rows:
@@ -129,6 +130,7 @@ class GpuRace:
         for row in rows:
             for what, ratio in row["times as fast"].items():
                 print(f"  {self.ours}, {what}: {ratio:.2f}x as fast as {PRIOR_PEER}")
+            print(f"  {self.part}")
             if row["left out"]:
                 print(f"  left out: {', '.join(row['left out'])}")
             print(f"  {row['file']}")
@@ -235,7 +237,11 @@ def list_race_targets(rows: Sequence[Row]) -> list[Row]:
     row = find_row(rows, suite=SUITE, model="sdxl", steps=STEPS, **{"class images": CLASS_IMAGES})
     ratios = {} if row is None else row["times as fast"]
     what = f"SDXL, {STEPS} steps, anchored, in a graph: times as fast as {PRIOR_PEER}"
+    part = f"extrapolated from {TRAINED_STEPS} steps"
+    total = f"{what} ({CLASS_IMAGES} class images; {part} and {SAMPLED_IMAGES} of them)"
     return [
-        describe_target(f"{what} ({CLASS_IMAGES} class images)", 11.0, ratios.get("total")),
-        describe_target(f"{what} (class images on disk)", 3.0, ratios.get("class images cached")),
+        describe_target(total, 11.0, ratios.get("total")),
+        describe_target(
+            f"{what} (class images on disk; {part})", 3.0, ratios.get("class images cached")
+        ),
     ]

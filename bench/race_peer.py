@@ -6,7 +6,8 @@ documentation gives: class images are sampled through the whole pipeline, four a
 as JPEG; the pipeline is let go and the model loaded anew; photos are read once and class images in
 each step; the step is that of `bench.peer`. Left out, in the peer's favour: accelerate, the data
 loader's collation, trackers, validation pictures, the checkpoint of step 500, and the pipeline that
-the scripts load again at the end.
+the scripts load again at the end; of float16, the scaling of the loss; of cached latents, that the
+scripts encode a photo again beside each class image, and go on reading the files in each step.
 
 Shape legend: P photos and class images together, H and W picture height and width.
 """
@@ -27,6 +28,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from PIL import Image, ImageOps
@@ -110,13 +112,14 @@ def load_model(job: Job) -> tuple[Any, nn.Module]:
     """Load the model as it is trained, with adapters; returns the pipeline, and its network."""
     dtype = getattr(torch, job.settings.precision)
     pipeline = _load(job, {"vae": torch.float32, "default": dtype}).to(job.device)
-    for name, part in pipeline.components.items():
+    for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
-            # The network's mode is what `add_adapters` says.
-            part.eval() if name.startswith(("text_encoder", "vae")) else part.train()
     network = pipeline.transformer if job.settings.family == "sd3" else pipeline.unet
     add_adapters(network, job.settings.rank, TARGETS[job.settings.family])
+    if dtype == torch.float16:
+        # In bfloat16 they leave the adapters as they are.
+        cast_training_params(network, dtype=torch.float32)
     return pipeline, network
 
 

@@ -254,14 +254,29 @@ def split_steps(total: int, parts: Sequence[int]) -> list[int]:
     return shares
 
 
-def check_part(name: str, part: int | None, whole: int, least: int) -> None:
+def check_part(name: str, part: int | None, whole: int, least: int, multiple: int = 1) -> None:
     """Refuse a part of the work from which the rest cannot be told.
+
+    Args:
+        name: Of the flag.
+        part: Its value; None: all is done.
+        whole: What there is to do.
+        least: Fewer say nothing of the rest.
+        multiple: Part and rest are done so many at a time: what is done of a last few is smaller,
+            and says nothing of the others.
 
     Raises:
         UserError: names the flag.
     """
-    if part is not None and not least <= part <= whole:
+    if part is None:
+        return
+    if not least <= part <= whole:
         raise UserError(f"--{name} must be {least} to {whole}, got {part}; leave it out to do all")
+    if part < whole and (part % multiple or whole % multiple):
+        raise UserError(
+            f"--{name} {part} of {whole}: must both be multiples of {multiple}, which are done at "
+            "a time; leave it out to do all"
+        )
 
 
 def _objectives(recipe: str, family: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from bench.race_results import (
     RaceReport,
     RaceSettings,
     Ratio,
+    Round,
     What,
 )
 
@@ -78,14 +79,25 @@ def compare(entrant: Entrant, baseline: Entrant, what: What) -> Ratio | None:
             for each in (mine, others)
         )
     ratios = [other / own for own, other in zip(mine, others, strict=True)]
+    low, high = min(ratios), max(ratios)
+    if len(ratios) == 1:
+        low, high = _reach(entrant.rounds[0], baseline.rounds[0], what) or (low, high)
     return Ratio(
         of=entrant.name,
         against=baseline.name,
         what=what,
         value=statistics.median(ratios),
-        low=min(ratios),
-        high=max(ratios),
+        low=low,
+        high=high,
     )
+
+
+def _reach(mine: Round, other: Round, what: What) -> tuple[float, float] | None:
+    """Return the least and the most that a ratio is in one round; None where that is not known."""
+    own, others = mine.reach(what), other.reach(what)
+    if own is None or others is None:
+        return None
+    return others[0] / own[1], others[1] / own[0]
 
 
 def seconds_by_round(entrant: Entrant, what: What) -> list[float] | None:

@@ -84,7 +84,7 @@ class RaceSettings(Record):
 
 
 class StepTimes(Record):
-    """Seconds of one training step, the first left out: percentiles over the steps of a round."""
+    """Seconds of one step (or batch), the first left out: percentiles over those of a round."""
 
     p20: Seconds
     p50: Positive
@@ -106,7 +106,9 @@ class Round(Record):
     steps: Annotated[int, Field(gt=0)]
     """Training steps in `first_step` and `training` together."""
     step_s: StepTimes | None = None
-    """None where the steps were not timed one by one (nor in groups)."""
+    """Of training. None where the steps were not timed one by one (nor in groups)."""
+    batch_s: StepTimes | None = None
+    """Of class images, from batch to batch. None where they were not timed so, or found."""
     peak_memory_bytes: Annotated[int, Field(gt=0)] | None = None
     memory_kind: MemoryKind | None = None
     """What the peak is of; None without one."""
@@ -143,6 +145,28 @@ class Round(Record):
         total = sum(self.phases.values())
         return total if what == TOTAL else total - self.phases.get("class_images", 0.0)
 
+    def reach(self, what: What) -> tuple[float, float] | None:
+        """Return from where to where `seconds` reaches, as far as one round can tell.
+
+        That is, had all steps and all batches of class images taken as long as the 20th percentile
+        of them, and as the 80th, instead of the median. None where they were not timed.
+        """
+        found, step_s = self.seconds(what), self.step_s
+        if found is None or step_s is None:
+            return None
+        if what == STEP:
+            return step_s.p20, step_s.p80
+        parts = [(self.phases["training"], step_s)]
+        if what == TOTAL and "class_images" in self.phases:
+            if self.batch_s is None:
+                return None
+            parts.append((self.phases["class_images"], self.batch_s))
+        less, more = (
+            sum(seconds * (getattr(times, name) / times.p50 - 1) for seconds, times in parts)
+            for name in ("p20", "p80")
+        )
+        return found + less, found + more
+
 
 class Entrant(Record):
     """One way to teach the subject, and how long it took each time."""
@@ -167,7 +191,9 @@ class Ratio(Record):
     """How many times the seconds of `of` those of `against` are: above 1, `of` is faster.
 
     Median, least and most over the rounds, each of them the two entrants of the same round. Where
-    one of them ran another number of rounds, its median stands for each of its rounds.
+    one of them ran another number of rounds, its median stands for each of its rounds. Of one round
+    each, the least is that of the one's `Round.reach` where it is long and the other's where it is
+    short, and the most the other way.
     """
 
     of: str

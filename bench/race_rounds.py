@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from fastppt.mini import build_mini
 LINES_SHOWN = 12
 READ_BYTES = 1 << 24
 
-Progress = Callable[[tuple[int, EntrantPlan, Round]], object]
+Ran = tuple[int, EntrantPlan, Round]
+"""The round from 0, who ran in it, and what it took."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,14 @@ def prepare_model(model: str, folder: Path, device: str, dtype: torch.dtype) -> 
     return folder
 
 
-def run_race(
-    plan: RacePlan,
-    progress: Progress = lambda each: None,
-    *,
-    until: float | None = None,
-) -> Iterator[list[Entrant]]:
-    """Run all rounds; after each yield the entrants so far, in the plan's order.
+def run_race(plan: RacePlan, *, until: float | None = None) -> Iterator[tuple[Ran, list[Entrant]]]:
+    """Run all rounds; after each entrant yield it, and all so far, in the plan's order.
 
     Every other round runs backwards. Who samples the same class images in the same way shares them
     in a round: the first of them samples, and that is the time of all.
 
     Args:
         plan: The race.
-        progress: Is told of each entrant that has run: the round from 0, which, what it took.
         until: Of `time.monotonic`; what is not finished by then is left out.
 
     Raises:
@@ -105,11 +100,9 @@ def run_race(
             folder = plan.work / f"round-{number + 1}-{place + 1}"
             found = _run_entrant(plan, entrant, folder, sampled, until)
             if found is None:
-                break
+                return
             done.setdefault(entrant.name, []).append(found)
-            progress((number, entrant, found))
-        if done:
-            yield collect_entrants(plan, done)
+            yield (number, entrant, found), _collect_entrants(plan, done)
 
 
 def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round | None:
@@ -183,6 +176,7 @@ def take_class_images(found: Round, sampled: Round, by: str) -> Round:
     extrapolated = {*found.extrapolated, *([name] if name in sampled.extrapolated else [])}
     changes: Mapping[str, object] = {
         "phases": {**found.phases, name: sampled.phases[name]},
+        "batch_s": sampled.batch_s,
         "energy_joules": joules,
         "extrapolated": sorted(extrapolated),
         "taken_from": {name: by},
@@ -190,7 +184,7 @@ def take_class_images(found: Round, sampled: Round, by: str) -> Round:
     return Round.model_validate({**found.model_dump(), **changes})
 
 
-def collect_entrants(plan: RacePlan, done: Mapping[str, list[Round]]) -> list[Entrant]:
+def _collect_entrants(plan: RacePlan, done: Mapping[str, list[Round]]) -> list[Entrant]:
     """Return those entrants that have run, in the order of the plan."""
     return [
         Entrant(

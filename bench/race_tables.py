@@ -11,6 +11,7 @@ from bench.race_results import (
     Decomposition,
     Entrant,
     MemoryKind,
+    Phase,
     RaceReport,
     RaceSettings,
     Ratio,
@@ -87,12 +88,12 @@ def seconds_table(report: RaceReport) -> str:
         f"{name.replace('_', ' ')}, s": lambda entrant, name=name: _phase(entrant, name)
         for name in phases
     }
-    readers["whole job, s"] = _whole
+    readers["whole job, s"] = lambda entrant: _marked(entrant, seconds_spread(entrant, TOTAL))
     readers["step, ms"] = lambda entrant: _number(seconds_spread(entrant, STEP), 1e3)
     if any(memory_spread(entrant) for entrant in report.entrants):
         readers["peak memory, MB"] = lambda entrant: _number(memory_spread(entrant), 1e-6)
     if any(energy_spread(entrant) for entrant in report.entrants):
-        readers["energy, J"] = lambda entrant: _number(energy_spread(entrant))
+        readers["energy, J"] = lambda entrant: _marked(entrant, energy_spread(entrant))
     rows = [[e.name, *(read(e) for read in readers.values())] for e in report.entrants]
     text = "\n".join(table(["medians over rounds", *readers], rows))
     return "\n\n".join([text, *_explain(report)])
@@ -108,7 +109,7 @@ def ratio_tables(report: RaceReport) -> str:
             [name, *(describe_ratio(report, find_ratio(ratios, name, what)) for what in WHATS)]
             for name in names
         ]
-        parts.append(f"Times as fast as *{against}*, median and reach over rounds:")
+        parts.append(f"Times as fast as *{against}*, {describe_reach(report.settings)}:")
         parts.append("\n".join(table(["", *(HEADINGS[what] for what in WHATS)], rows)))
     return "\n\n".join(parts)
 
@@ -147,12 +148,22 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def describe_ratio(report: RaceReport, ratio: Ratio | None, digits: int = 2) -> str:
-    """Return a ratio with its reach over rounds, and marked where it rests on extrapolation."""
+    """Return a ratio with its reach, and marked where it rests on extrapolation."""
     if ratio is None:
         return ""
     value, low, high = (f"{number:.{digits}f}" for number in (ratio.value, ratio.low, ratio.high))
     mark = EXTRAPOLATED * is_extrapolated(report, ratio)
     return f"{value}x{mark}" if low == high else f"{value}x{mark} ({low} to {high})"
+
+
+def describe_reach(settings: RaceSettings) -> str:
+    """Return what stands in brackets behind a ratio."""
+    if settings.rounds > 1:
+        return "the median of the rounds (least to most of them)"
+    return (
+        "in one round (from where to where, had every step and batch of class images taken as long "
+        "as the 20th percentile of them, or as the 80th)"
+    )
 
 
 def find_ratio(ratios: Sequence[Ratio], of: str, what: What) -> Ratio | None:
@@ -175,7 +186,10 @@ def _explain(report: RaceReport) -> list[str]:
         marked = "; ".join(named).replace("_", " ")
         parts.append(f"{EXTRAPOLATED} measured on a part of the work and extrapolated: {marked}.")
     if any(shared_phases(entrant) for entrant in report.entrants):
-        parts.append(f"{SHARED} the time of another entrant or round that did the very same.")
+        parts.append(
+            f"{SHARED} the time of another entrant or round that did the very same (energy too, "
+            "memory not)."
+        )
     kinds = {each.memory_kind for e in report.entrants for each in e.rounds} - {None}
     if kinds:
         words = ", ".join(text for kind, text in MEMORY.items() if kind in kinds)
@@ -185,16 +199,15 @@ def _explain(report: RaceReport) -> list[str]:
     return [" ".join(parts)]
 
 
-def _phase(entrant: Entrant, name) -> str:
+def _phase(entrant: Entrant, name: Phase) -> str:
     text = _number(phase_spread(entrant, name))
     text += EXTRAPOLATED * (name in extrapolated_phases(entrant))
     return text + SHARED * (name in shared_phases(entrant))
 
 
-def _whole(entrant: Entrant) -> str:
-    return _number(seconds_spread(entrant, TOTAL)) + EXTRAPOLATED * bool(
-        extrapolated_phases(entrant)
-    )
+def _marked(entrant: Entrant, whole: Spread | None) -> str:
+    """Return a number of the whole job, marked where a phase of it is extrapolated."""
+    return _number(whole) + EXTRAPOLATED * bool(whole and extrapolated_phases(entrant))
 
 
 def _number(spread: Spread | None, factor: float = 1.0) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -101,15 +102,14 @@ class Watch:
 
     def step_times(self) -> StepTimes | None:
         """Return the percentiles of the steps after the first; None for fewer than two of them."""
-        pairs = zip(self._steps[:-1], self._steps[1:], strict=True)
         if self.device == "cpu":
-            times = [end - start for start, end in pairs]
-        else:
-            times = [1e-3 * start.elapsed_time(end) for start, end in pairs]
-        if len(times) < 2:
-            return None
-        found = summarise(times)
-        return StepTimes(p20=found.p20, p50=found.p50, p80=found.p80)
+            return _percentiles([end - start for start, end in pairwise(self._steps)])
+        pairs = pairwise(self._steps)
+        return _percentiles([1e-3 * start.elapsed_time(end) for start, end in pairs])
+
+    def batch_times(self) -> StepTimes | None:
+        """Return those of the batches of class images, likewise."""
+        return _percentiles([end - start for start, end in pairwise(self._batches)])
 
     @property
     def num_steps(self) -> int:
@@ -135,6 +135,13 @@ class Watch:
             taken = self._read - before
             self.joules[self._current] = self.joules.get(self._current, 0.0) + taken
         self._current = name
+
+
+def _percentiles(times: Sequence[float]) -> StepTimes | None:
+    if len(times) < 2:
+        return None
+    found = summarise(times)
+    return StepTimes(p20=found.p20, p50=found.p50, p80=found.p80)
 
 
 @contextmanager
@@ -193,6 +200,7 @@ def make_round(
         phases=seconds,
         steps=job.settings.steps,
         step_s=watch.step_times(),
+        batch_s=watch.batch_times(),
         peak_memory_bytes=None if peak is None else peak[0],
         memory_kind=None if peak is None else peak[1],
         energy_joules=joules or None,

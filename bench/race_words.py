@@ -7,30 +7,31 @@ from collections.abc import Iterator
 
 from bench.race_plan import EntrantPlan
 from bench.race_results import PHASES, Entrant, RaceReport, Ratio, Round
+from bench.race_spreads import extrapolated_phases
+from bench.race_tables import describe_reach, is_extrapolated
 
 WIDTH = 52
-# Where every number is a reader's own: what the ratios mean.
-MEANING = (
-    "times as fast: the baseline's seconds over the entrant's, the median of the rounds (least to "
-    "most); process start and imports in no total"
-)
+MEANING = "process start and imports in no total; times as fast (* extrapolated)"
 
 
 def describe_round(number: int, entrant: EntrantPlan, found: Round) -> str:
     """Return a line of what an entrant took in a round, counted from 0."""
     total = found.seconds("total")
-    return f"  round {number + 1}, {entrant.name:<{WIDTH}} {total:9.2f} s"
+    mark = " (extrapolated)" * bool(found.extrapolated)
+    return f"  round {number + 1}, {entrant.name:<{WIDTH}} {total:9.2f} s{mark}"
 
 
 def describe_race(report: RaceReport) -> str:
     """Return settings, machine, phases and ratios."""
-    lines = [*_settings(report), "", *_phases(report), "", MEANING]
+    meaning = f"{MEANING}: the baseline's seconds over one's own, {describe_reach(report.settings)}"
+    lines = [*_settings(report), "", *_phases(report), "", meaning]
     for baseline in dict.fromkeys(ratio.against for ratio in report.ratios):
         lines.append(f"against {baseline}:")
         for entrant in report.entrants:
             found = [r for r in report.ratios if (r.of, r.against) == (entrant.name, baseline)]
             if found:
-                lines.append(f"  {entrant.name:<{WIDTH}} {', '.join(map(_ratio, found))}")
+                ratios = ", ".join(_ratio(report, ratio) for ratio in found)
+                lines.append(f"  {entrant.name:<{WIDTH}} {ratios}")
     return "\n".join(lines)
 
 
@@ -56,7 +57,8 @@ def _phases(report: RaceReport) -> Iterator[str]:
     for entrant in report.entrants:
         cells = [_phase(entrant, name) for name in PHASES]
         total = statistics.median(each.seconds("total") or 0.0 for each in entrant.rounds)
-        yield f"{entrant.name:<{WIDTH}} {_cells(cells)} {total:9.2f}"
+        mark = "*" * bool(extrapolated_phases(entrant))
+        yield f"{entrant.name:<{WIDTH}} {_cells(cells)} {total:9.2f}{mark}"
 
 
 def _phase(entrant: Entrant, name: str) -> str:
@@ -72,5 +74,6 @@ def _cells(texts: list[str]) -> str:
     return " ".join(f"{text:>12}" for text in texts)
 
 
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.what} {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+def _ratio(report: RaceReport, ratio: Ratio) -> str:
+    mark = "*" * is_extrapolated(report, ratio)
+    return f"{ratio.what} {ratio.value:.2f}{mark} ({ratio.low:.2f} to {ratio.high:.2f})"

@@ -13,13 +13,25 @@ from pathlib import Path
 from bench.race_compare import Comparison, compare_races
 from bench.race_results import read_race
 from bench.report_html import Html, code, details, element, join, page, picture, table
-from bench.report_race import comparison_section, describe_change, race_section
+from bench.report_race import (
+    comparison_section,
+    describe_chance,
+    describe_change,
+    list_warnings,
+    race_section,
+)
 from bench.report_results import Result, read_results
 from bench.report_scaling import scaling_section
 from bench.report_sections import SECTIONS
 from fastppt.outputs.files import write_file
 
 TITLE = "fastppt, measured"
+LEAD = (
+    "fastppt teaches a pretrained text-to-image model one subject from a few photos, and keeps it "
+    "from forgetting the rest. These are measurements of what that takes, beside other ways to do "
+    "it. Each section ends with the machine, and with how to measure it again. Every number is of "
+    "a file of results, which its section names: "
+)
 HEADINGS = {
     "race": "The race",
     "scaling": "Scaling",
@@ -35,9 +47,11 @@ HEADINGS = {
     "prompt following": "Prompt following of the mini model",
     "toy2d": "A concept learned in the plane",
 }
-# Where a report does not hold what was typed.
+# Where a report does not hold what was typed: its bench, with the options that it has unset.
 COMMANDS = {
     "race": "python -m bench.race --output bench/results",
+    "scaling": "python -m bench.scaling --output bench/results",
+    "roofline": "python -m bench.roofline --output bench/results",
     "gpu race": "python -m bench.gpu --group race --out bench/results",
     "gpu": "python -m bench.gpu --out bench/results",
     "step": "python -m bench.step --out bench/results",
@@ -59,7 +73,7 @@ def write_page(results: Sequence[Result], comparison: Comparison | None, old_nam
         sections.append((heading, comparison_section(comparison, old_name)))
     sections += [(name_section(result, results), result_section(result)) for result in results]
     files = ", ".join(result.path.name for result in results)
-    lead = element("p", f"Every number is of a file of results, which its section names: {files}.")
+    lead = element("p", f"{LEAD}{files}.")
     return page(TITLE, lead, sections)
 
 
@@ -106,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"worse than in {options.against}: {len(comparison.worse) or 'nothing'}")
         for change in comparison.worse:
             print(f"  {describe_change(change)}")
+        print("\n".join([describe_chance(comparison), *list_warnings(comparison)]))
     print(f"written: {options.output}")
 
 
@@ -125,27 +140,13 @@ def _machine(result: Result) -> dict[str, object]:
     return dict(result.report["machine"])
 
 
-def _command(result: Result) -> str:
-    """Return what measures it again: what was typed, or what the settings say."""
-    if result.kind in ("scaling", "roofline"):
-        given = {**result.report["settings"], "device": result.report["machine"]["device"]}
-        flags = [
-            f"--{key.replace('_', '-')} {value}"
-            for key, value in given.items()
-            if value is not None and key != "precision"
-        ]
-        return " ".join([f"python -m bench.{result.kind}", *flags, "--output bench/results"])
-    return result.report.get("command") or COMMANDS[result.kind]
-
-
 def _how_again(result: Result) -> list[Html]:
-    machine = _machine(result)
+    machine, typed = _machine(result), result.report.get("command")
     lines = [f"git checkout {machine['commit']}"] if machine.get("commit") else []
-    lines.append(_command(result))
-    parts = [
-        element("p", "The numbers of ", element("code", result.path.name), " were measured by:"),
-        code("\n".join(lines)),
-    ]
+    lines.append(typed or COMMANDS[result.kind])
+    name = element("code", result.path.name)
+    said = "were" if typed else "are (which options were typed is not in the file)"
+    parts = [element("p", "The numbers of ", name, f" {said} measured by:"), code("\n".join(lines))]
     if machine.get("uncommitted changes"):
         parts.append(element("p", "The files had changes beside that commit.", class_="note"))
     return parts

@@ -29,6 +29,11 @@ NUMBERS: dict[str, tuple[str, str, float]] = {
     "error": ("error", ".1e", 1.0),
     "rounds": ("rounds", ".0f", 1.0),
 }
+ABOUT_RACES = (
+    "Whole jobs on full-size networks of random weights. Of the class images and of the training "
+    "steps a part was run; the ratios, and what the targets are held against, are extrapolated "
+    "from it. Each race has a file of its own."
+)
 
 
 def step_section(report: Row) -> Html:
@@ -49,6 +54,24 @@ def alignment_section(report: Row) -> Html:
 
 def gpu_section(report: Row) -> Html:
     return join(render(gpu_table(report)), measured(report))
+
+
+def race_targets_section(report: Row) -> Html:
+    """Return which races ran, on how much of the work, and what is asked of them."""
+    rows = [
+        [
+            row["model"],
+            ", ".join(f"{what} {times:.2f}x" for what, times in row["times as fast"].items()),
+            f"{row['trained steps']} of {row['steps']}",
+            f"{row['sampled images']} of {row['class images']}",
+            row["file"],
+            ", ".join(row["left out"]),
+        ]
+        for row in report["rows"]
+    ]
+    heads = ["", "times as fast, extrapolated", "steps trained", "class images sampled", "file"]
+    races = element("div", table([*heads, "not run"], rows), class_="texts")
+    return join(element("p", ABOUT_RACES), races, targets_section(report))
 
 
 def preservation_section(report: Row) -> Html:
@@ -116,7 +139,7 @@ def _number(value: object, form: str, factor: float) -> str:
 
 SECTIONS: dict[str, Callable[[Row], Html]] = {
     "roofline": roofline_section,
-    "gpu race": targets_section,
+    "gpu race": race_targets_section,
     "gpu": gpu_section,
     "step": step_section,
     "options": options_section,

@@ -7,6 +7,7 @@ eager on the CPU, captured on a GPU. One JSON, and a picture beside it.
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -25,7 +26,8 @@ from bench.rows import Row, write_report
 from bench.step_ways import MODELS, RECIPES, Source, TrainerStep, Work, open_source
 from bench.time_limit import OutOfTimeError, at_most
 from bench.traffic import add_traffic
-from fastppt.families.loading import resolve_resolution
+from fastppt.errors import UserError
+from fastppt.families.loading import resolve_device, resolve_resolution
 from fastppt.mini import draw_demo_photos
 
 # Steps that are timed, and those that are profiled one by one.
@@ -93,20 +95,28 @@ def print_profile(profile: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and leave one JSON; return the exit code."""
+    """Measure and leave one JSON; return the exit code.
+
+    Raises:
+        UserError: there is no such device, or the model cannot be trained as is asked.
+    """
     options = _parse(arguments)
+    resolve_device(options.device)
     # More OpenMP threads than free cores make this many times slower.
     torch.set_num_threads(1)
     machine = describe_machine(options.device)
-    path = options.output / f"{options.device}-roofline-{machine['date']}.json"
+    name = f"{options.device}-roofline-{options.model}-{machine['date']}.json"
+    path = options.output / name
     start = time.monotonic()
     try:
-        with at_most(options.most_seconds), tempfile.TemporaryDirectory() as name:
-            report = _measure_model(options, Path(name))
+        with at_most(options.most_seconds), tempfile.TemporaryDirectory() as folder:
+            report = _measure_model(options, Path(folder))
     except OutOfTimeError:
         print(f"bench.roofline: not done in {options.most_seconds:g} s", file=sys.stderr)
         return 1
-    report = {"kind": "roofline", "machine": machine} | report
+    typed = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "bench.roofline", *typed])
+    report = {"kind": "roofline", "machine": machine, "command": command} | report
     report |= {"seconds": time.monotonic() - start, "picture": path.with_suffix(".png").name}
     write_report(path, report)
     draw_roofline(report, path.with_suffix(".png"))
@@ -158,4 +168,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -73,8 +73,8 @@ def measure_preparation(source: Source, path: str, engine: str, sampler_steps: i
         "load",
         seconds,
         0,
-        Traffic(weights, weights),
-        "once, from the memory of files; bytes of the weights",
+        Traffic(2 * weights, 2 * weights),
+        "once, from the memory of files; bytes of the weights, read and written",
     )
     config = _prior_config(source, path, family, sampler_steps)
     trainables = build_trainables(config, family)
@@ -194,8 +194,9 @@ def measure_step(step: TrainerStep, device: str, rounds: int) -> list[Phase]:
 
 # Reads and writes of an element by the optimizer's kernels, in accesses, and the fewest that any
 # way to take the step makes: parameter, gradient and both moments read, all but the gradient
-# written, and an anchor that is not zero read.
-KERNEL_ACCESSES = {"none": 1 + 4 + 3, "effective": 1 + 2 + 4 + 3, "raw": 2 + 4 + 3}
+# written, and an anchor that is not zero read. The effective form is one pass over the factors for
+# their products, and one that adds to the gradients; then it is as without an anchor.
+KERNEL_ACCESSES = {"none": 1 + 4 + 3, "effective": 1 + 3 + 1 + 4 + 3, "raw": 2 + 4 + 3}
 LEAST_ACCESSES = 4 + 3
 
 

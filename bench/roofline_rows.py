@@ -59,7 +59,8 @@ def describe_phase(
     mfu = flops / seconds / product speed,   share of roof = floor / seconds
 
     Source: Roofline (Williams, Waterman and Patterson, CACM 52(4), 2009); model FLOPs utilisation
-    of PaLM (arXiv 2204.02311), of counted operations and the measured speed of a product.
+    of PaLM (arXiv 2204.02311), of counted operations and the measured speed of a product. What is
+    computed twice counts twice, unlike there: the scores in fused attention's backward pass.
 
     Args:
         phase: Its name.

@@ -7,6 +7,7 @@ where its points are no power law. One JSON, and a picture for each axis beside 
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ import torch
 from bench.machine import describe_machine
 from bench.race_rounds import prepare_model
 from bench.rows import Row, write_report
-from bench.scaling_axes import AXES, RUNS, STEP, Axis, list_points
+from bench.scaling_axes import AXES, RUNS, STEP, Axis, check_values, list_points
 from bench.scaling_fits import fit
 from bench.scaling_plots import draw_axis
 from bench.scaling_runs import RunWork, time_runs
@@ -27,7 +28,7 @@ from bench.scaling_steps import Measured, time_axis
 from bench.step_ways import MODELS, RECIPES, Source, Work, open_source
 from bench.time_limit import OutOfTimeError, at_most
 from fastppt.errors import UserError
-from fastppt.families.loading import resolve_resolution
+from fastppt.families.loading import resolve_device, resolve_resolution
 from fastppt.mini import draw_demo_photos
 
 # The timed rounds of an axis of steps: on a CPU all points together.
@@ -129,28 +130,39 @@ def print_axis(axis: Row) -> None:
         print(line)
     for row in axis["refused"]:
         print(f"  {row['label']}: {row['refused']}")
+    if axis["drift"] is not None:
+        print(f"  a large product ran {axis['drift']:.2f} times as fast after it as before it")
     for found in axis["fits"]:
         print(f"  {found['recipe']}, {found['what']}: {found['in words']}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the axes that are asked for; return the exit code."""
+    """Measure the axes that are asked for; return the exit code.
+
+    Raises:
+        UserError: there is no such device, or the model has no such resolution.
+    """
     options = _parse(arguments)
+    resolve_device(options.device)
     # More OpenMP threads than free cores make this many times slower.
     torch.set_num_threads(1)
     machine = describe_machine(options.device)
     end = None if options.most_seconds is None else time.monotonic() + options.most_seconds
     axes: list[Row] = []
-    path = options.output / f"{options.device}-scaling-{machine['date']}.json"
+    stem = f"{options.device}-scaling-{options.model}"
+    path = options.output / f"{stem}-{machine['date']}.json"
+    typed = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "bench.scaling", *typed])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, runs = _open(options, folder)
-        report = {"kind": "scaling", "machine": machine, "settings": _settings(options, source)}
+        report = {"kind": "scaling", "machine": machine, "command": command}
+        report |= {"settings": _settings(options, source)}
         for axis in [AXES[each] for each in options.axes]:
             left = None if end is None else end - time.monotonic()
             entry = _measure_in_time(axis, options, source, runs, folder, left)
             print_axis(entry)
-            picture = path.with_name(f"{options.device}-scaling-{axis.name}-{machine['date']}.png")
+            picture = path.with_name(f"{stem}-{axis.name}-{machine['date']}.png")
             if entry["rows"]:
                 draw_axis(entry, picture)
             axes.append(entry | {"picture": picture.name if entry["rows"] else None})
@@ -240,8 +252,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--most-seconds", type=float, help="for all of it; on a CPU no limit")
     parser.add_argument("--output", type=Path, required=True, help="folder of JSON and pictures")
     options = parser.parse_args(arguments)
-    if options.values and len(options.axes) != 1:
-        parser.error("--values: say by --axes which one axis they are on")
+    if options.values:
+        if len(options.axes) != 1:
+            parser.error("--values: say by --axes which one axis they are on")
+        try:
+            check_values(AXES[options.axes[0]], options.values)
+        except ValueError as error:
+            parser.error(f"--values: {error}")
     tables = {"model": MODEL, "engine": ENGINE, "seconds": SECONDS, "most_seconds": MOST_SECONDS}
     for name, by_device in tables.items():
         if getattr(options, name) is None:
@@ -250,4 +267,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -79,6 +79,20 @@ class Point:
         return f"{self.value:g}"
 
 
+def check_values(axis: Axis, values: Sequence[float]) -> None:
+    """Refuse values that the axis does not have.
+
+    Raises:
+        ValueError: one that is no part of the projections, or no count; names it.
+    """
+    for value in values:
+        if axis is TENSORS:
+            if not 0 < value <= 1:
+                raise ValueError(f"want a part of the projections in (0, 1], got {value:g}")
+        elif value < 1 or value != int(value):
+            raise ValueError(f"want whole numbers from 1 on for {axis.name}, got {value:g}")
+
+
 def list_points(axis: Axis, values: Sequence[float], base: Work, source: Source) -> list[Point]:
     """Return the points of an axis of steps, by rising value.
 
@@ -111,12 +125,7 @@ def choose_targets(groups: Sequence[Sequence[str]], part: float) -> list[str]:
     Args:
         groups: Names of projections, in the order of the network.
         part: In (0, 1].
-
-    Raises:
-        ValueError: a part outside of that.
     """
-    if not 0 < part <= 1:
-        raise ValueError(f"want a part of the projections in (0, 1], got {part}")
     count = max(1, round(part * len(groups)))
     chosen = [index * len(groups) // count for index in range(count)]
     return [name for index in chosen for name in groups[index]]

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from bench.machine import describe_machine
 from bench.networks import FAMILY_OF
-from bench.peers.entrant import PIPELINE_SAMPLING, time_trainer
+from bench.peers.entrant import time_trainer
 from bench.peers.jobs import PeerJob
-from bench.peers.trainers import TRAINERS
+from bench.peers.trainers import PIPELINE_SAMPLING, TRAINERS
 from bench.race_plan import EntrantPlan
 from bench.race_ratios import make_report
 from bench.race_results import (
@@ -34,6 +34,8 @@ from fastppt.mini import draw_demo_photos
 REQUIRED = ("model", "steps", "resolution")
 DEFAULTS: dict[str, Any] = {"seed": 0, "batch_size": 1, "rank": 32, "class_images": 100}
 DEFAULTS |= {"rounds": 1}
+# Of the machine's description: what has to be that of the race.
+MACHINE_KEYS = ("device", "cpu", "gpu", "driver")
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -82,7 +84,8 @@ def main(
         if not checkout.is_dir():
             raise UserError(f"--checkout {checkout}: is no folder. Is the path right?")
         path = output / "race.json"
-        if path.exists():
+        # Of one that failed too: a trainer takes class images that it finds.
+        if path.exists() or any(output.glob("round-*")):
             raise UserError(f"--output {output}: holds a race already; give another folder")
         joined = None if race is None else read_race(race)
         pictures = find_pictures(photos, output)
@@ -90,6 +93,7 @@ def main(
             settings = make_settings(given, device, len(pictures))
         else:
             settings = take_settings(joined.settings, given, len(pictures))
+            check_machine(joined.machine, describe_machine(device))
         TRAINERS[trainer].check(trainer, settings, prior=prior)
         job = PeerJob(
             settings=settings,
@@ -162,6 +166,20 @@ def take_settings(
             flag = "--photos" if key == "num_photos" else _flag(key)
             raise UserError(f"{flag}: the race has {wanted}, got {value}; leave the flag out")
     return settings
+
+
+def check_machine(raced: Mapping[str, object], here: Mapping[str, object]) -> None:
+    """Refuse to join a race of another machine: no ratio to it would mean anything.
+
+    Raises:
+        UserError: says what differs.
+    """
+    for key in MACHINE_KEYS:
+        if raced.get(key) != here.get(key):
+            raise UserError(
+                f"--race: it ran on {key} {raced.get(key)}, and this is {here.get(key)}; run the "
+                "race here first, or give --device"
+            )
 
 
 def find_model(settings: RaceSettings, folder: Path, device: str) -> str:

@@ -15,9 +15,6 @@ from bench.peers.trainers import Trainer
 from bench.race_results import Entrant, Round
 from fastppt.errors import UserError
 
-# Sampler steps and guidance of diffusers' pipelines where nobody says other: their scripts sample
-# class images so, and have no flag for either.
-PIPELINE_SAMPLING = {"sd": (50, 7.5), "sdxl": (50, 5.0), "sd3": (28, 7.0)}
 # What of a trainer's environment a reader wants to know.
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "simpletuner")
 LIST_VERSIONS = (
@@ -51,7 +48,6 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
         **_versions(job.python),
         "command": " ".join(command.words),
         "it/s, as printed": statistics.median(known) if known else None,
-        **_sampling(job),
     }
     notes = [trainer.note, *([] if trainer.has_help else ["its imports are in `other`"])]
     return Entrant(
@@ -94,14 +90,6 @@ def _run_round(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return log, command, done
-
-
-def _sampling(job: PeerJob) -> dict[str, int | float]:
-    """Return how class images were sampled, where they were: it may not be as the race has it."""
-    if not job.entrant.prior:
-        return {}
-    steps, guidance = PIPELINE_SAMPLING[job.settings.family]
-    return {"sampler_steps": steps, "guidance_scale": guidance}
 
 
 def _commit(checkout: Path) -> str | None:

@@ -6,8 +6,8 @@ the documentation turns on to save memory at the price of time (gradient checkpo
 several passes) is off. Flags and keys are those of the documents that bench/peers/README.md names.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tomli_w
@@ -19,6 +19,9 @@ from bench.race_results import RaceSettings
 from fastppt.errors import UserError
 from fastppt.families.names import MINI_MODELS
 
+# Sampler steps and guidance of diffusers' pipelines where nobody says other: their scripts sample
+# class images so, and have no flag for either.
+PIPELINE_SAMPLING = {"sd": (50, 7.5), "sdxl": (50, 5.0), "sd3": (28, 7.0)}
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 ALL_PRECISIONS = tuple(MIXED_PRECISION)
 LEARNING_RATE = "1e-4"
@@ -47,6 +50,7 @@ class Trainer:
         note: What a reader has to know to compare it.
         class_bar: That of the class images, which it samples itself; None: it does not.
         loads: The forms of a model that it reads: "folder" (diffusers), "file".
+        loads_of: Likewise of a family, where it reads others.
         is_any_size: False: it has the published networks alone, not smaller ones.
         has_help: Its command with --help imports what a run imports, and no more.
         counts_from: The count that its bar shows when the first step is done.
@@ -60,6 +64,7 @@ class Trainer:
     note: str
     class_bar: str | None = None
     loads: tuple[str, ...] = ("folder", "file")
+    loads_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_any_size: bool = True
     has_help: bool = False
     counts_from: int = 1
@@ -85,10 +90,20 @@ class Trainer:
             raise UserError(
                 f"--prior: {name} samples no class images itself; only diffusers' scripts do"
             )
-        form = "file" if Path(settings.model).is_file() else "folder"
-        if form not in self.loads:
+        sampling = settings.sampler_steps, settings.guidance_scale
+        if prior and sampling != PIPELINE_SAMPLING[settings.family]:
+            steps, guidance = PIPELINE_SAMPLING[settings.family]
             raise UserError(
-                f"--model {settings.model}: {name} reads a model as a {self.loads[0]} alone"
+                f"--prior: {name} samples class images in {steps} steps with guidance "
+                f"{guidance:g} and cannot be told other, and the race has {sampling[0]} and "
+                f"{sampling[1]:g}; run the race so"
+            )
+        form = "file" if Path(settings.model).is_file() else "folder"
+        loads = self.loads_of.get(settings.family, self.loads)
+        if form not in loads:
+            raise UserError(
+                f"--model {settings.model}: {name} reads a model of {settings.family} as a "
+                f"{loads[0]} alone"
             )
         if settings.model in MINI_MODELS and not self.is_any_size:
             raise UserError(
@@ -219,6 +234,7 @@ TRAINERS = {
         command=kohya_command,
         bar="steps",
         note=f"latents and, but for sd, text are cached; {ALL_LAYERS}",
+        loads_of={"sd3": ("file",)},
         is_any_size=False,
         has_help=True,
     ),

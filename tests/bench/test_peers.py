@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from bench.machine import describe_machine
 from bench.peers import run
-from bench.peers.__main__ import app, make_settings
+from bench.peers.__main__ import app, check_machine, make_settings
 from bench.peers.entrant import time_trainer
 from bench.peers.jobs import PeerJob
 from bench.peers.run import Command, MemoryWatch, resident_bytes, run_trainer
@@ -172,7 +173,6 @@ def test_a_trainer_is_run_on_the_race_and_joins_it(diffusers, given, tmp_path):
     ]
     assert {ratio.what for ratio in joined.ratios} == {"total", "class images cached", "step"}
     prior = joined.entrants[1]
-    assert prior.settings["sampler_steps"] == 50
     assert prior.settings["command"].endswith("--more")
     assert "x as fast" in second.output
 
@@ -206,12 +206,27 @@ def test_what_cannot_join_is_refused(diffusers, given, tmp_path, monkeypatch, fl
     entrant = Entrant(name="it", kind="diffusers", engine="eager", prior=True, rounds=rounds)
     known = {"model": str(given[1]), "steps": 8, "resolution": 64}
     race = tmp_path / "race.json"
-    write_race(race, make_report({}, make_settings(known, "cpu", 5), [entrant]))
+    machine = describe_machine()
+    write_race(race, make_report(machine, make_settings(known, "cpu", 5), [entrant]))
     joining = ["--race", race, "--device", "cpu", "--output", tmp_path / "out", *given[2:4]]
     done = call(*diffusers, *joining, *flags)
     assert done.exit_code == 2
     assert re.search(message, done.output), done.output
     assert not (tmp_path / "out" / "race.json").exists()
+
+
+def test_a_race_of_another_machine_cannot_be_joined():
+    here = {"device": "cpu", "cpu": "this one", "gpu": None, "driver": None, "load": 0.2}
+    check_machine(here | {"load": 1.5}, here)
+    with pytest.raises(UserError, match="--race: it ran on cpu another, and this is this one; run"):
+        check_machine(here | {"cpu": "another"}, here)
+
+
+def test_what_a_failed_run_has_left_is_not_taken_for_this_ones(diffusers, given, tmp_path):
+    (tmp_path / "out" / "round-0" / "class_images").mkdir(parents=True)
+    done = call(*diffusers, *given, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "holds a race already; give another folder" in done.output
 
 
 @pytest.mark.parametrize(
@@ -330,7 +345,10 @@ def test_simpletuner_starts_where_its_configuration_is(tmp_path):
         ("simpletuner", "sdxl", {"precision": "float32"}, False, "bfloat16, not in float32"),
         ("kohya", "sd", {"model": "mini-sd"}, False, "networks of the published sizes alone"),
         ("kohya", "sd", {}, True, "--prior: kohya samples no class images itself"),
-        ("diffusers", "sd", {"model": __file__}, False, "diffusers reads a model as a folder"),
+        ("diffusers", "sd", {"model": __file__}, False, "reads a model of sd as a folder alone"),
+        ("kohya", "sd3", {}, False, "reads a model of sd3 as a file alone"),
+        ("diffusers", "sd", {"sampler_steps": 25}, True, "in 50 steps with guidance 7.5 and"),
+        ("diffusers", "sdxl", {}, True, "with guidance 5 and cannot be told other"),
     ],
 )
 def test_what_a_trainer_cannot_do_is_refused(tmp_path, name, family, settings, prior, message):

@@ -3,11 +3,12 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bench import ROOT
-from bench.race import check_engines, split
+from bench import ROOT, race_rounds
+from bench.race import app, check_engines, check_work, split
 from bench.race_plan import CACHED_PEER, PEER, PRIOR_PEER
-from bench.race_results import read_race
+from bench.race_results import Round, read_race
 from fastppt.errors import UserError
 
 SMALL = (
@@ -54,6 +55,21 @@ def test_what_cannot_be_raced_is_refused_in_one_line(tmp_path, options, message)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_has_run_is_kept_where_the_next_entrant_fails(monkeypatch, tmp_path):
+    def run_job(job, folder, most_seconds=None):
+        if job.entrant.kind == "ours":
+            raise UserError("lora-prior, eager: failed")
+        class_images = {"class_images": 9.0} if job.entrant.prior else {}
+        return Round(phases={"training": 1.0, **class_images}, steps=4)
+
+    monkeypatch.setattr(race_rounds, "run_job", run_job)
+    done = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path)])
+    assert isinstance(done.exception, UserError)
+    (path,) = tmp_path.iterdir()
+    assert [each.name for each in read_race(path).entrants] == [PRIOR_PEER, CACHED_PEER, PEER]
+    assert f"round 1, {PEER} " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [("fast", "is none; there are eager, compile"), ("graph", "--engines graph: ")],
@@ -64,5 +80,14 @@ def test_an_engine_that_cannot_be_used_is_refused(engine, message):
         check_engines(["eager", engine], torch.device("cpu"))
 
 
-def test_names_of_a_list_may_have_spaces_around_them():
-    assert split("apt, dco ,") == ["apt", "dco"]
+def test_names_of_a_list_may_have_spaces_around_them_and_count_once():
+    assert split("apt, dco ,apt,") == ["apt", "dco"]
+
+
+def test_what_an_earlier_race_has_left_is_not_taken_for_this_ones(tmp_path):
+    check_work(None)
+    check_work(tmp_path)
+    check_work(tmp_path / "new")
+    (tmp_path / "round-1-1").mkdir()
+    with pytest.raises(UserError, match="is no empty folder; give another one"):
+        check_work(tmp_path)

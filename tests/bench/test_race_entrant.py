@@ -172,6 +172,16 @@ def test_the_peer_trains_the_adapters_that_we_do(make_job, model):
     assert wanted <= found and len(wanted) > len(TARGETS[job.settings.family])
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("float16", "float32"), ("bfloat16",) * 2])
+def test_the_peers_adapters_are_in_float32_where_the_network_is_in_float16(
+    make_job, precision, wanted
+):
+    _, network = load_model(make_job("mini-sd", peer(), precision=precision))
+    trained = {p.dtype for p in network.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in network.parameters() if not p.requires_grad}
+    assert (trained, frozen) == ({getattr(torch, wanted)}, {getattr(torch, precision)})
+
+
 def test_a_step_has_photos_and_beside_each_a_class_image(make_job):
     job = make_job("mini-sd", peer(prior=True), batch_size=2)
     draw_demo_photos(job.class_images)

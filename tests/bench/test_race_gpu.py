@@ -95,7 +95,9 @@ def test_a_race_leaves_a_file_and_a_row_that_names_it(track, tmp_path, capsys):
     # Of a part of the work: each entrant says so.
     assert all("training" in each.rounds[0].extrapolated for each in report.entrants)
     race.show(rows)
-    assert "20.00x as fast" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "20.00x as fast" in printed
+    assert "extrapolated from 8 of 100 class images and 50 of 500 steps" in printed
 
 
 @pytest.mark.parametrize(("seconds", "num_entrants"), [(60, 1), (160, 3), (152, 2)])
@@ -135,7 +137,9 @@ def test_races_are_measured_among_the_plans_of_the_one_command(track, tmp_path):
 def test_targets_are_of_sdxl_in_the_size_that_they_speak_of():
     row = {"suite": "race", "model": "sdxl", "steps": 500, "class images": 100}
     row |= {"times as fast": {"total": 12.0, "class images cached": 2.5}}
-    assert [target["met"] for target in list_race_targets([row])] == [True, False]
+    targets = list_race_targets([row])
+    assert [target["met"] for target in targets] == [True, False]
+    assert all("extrapolated from 50 steps" in target["what"] for target in targets)
     for other in ({"model": "sd15"}, {"steps": 200}, {"class images": 50}):
         found = list_race_targets([row | other])
         assert [target["measured"] for target in found] == [None, None]

@@ -129,3 +129,11 @@ def test_a_part_too_small_or_larger_than_the_whole_is_refused(part):
     check_part("sampled-images", 12, 12, 8)
     with pytest.raises(UserError, match=rf"--sampled-images must be 8 to 12, got {part}"):
         check_part("sampled-images", part, 12, 8)
+
+
+@pytest.mark.parametrize(("part", "whole"), [(9, 12), (8, 18)])
+def test_only_whole_batches_are_extrapolated(part, whole):
+    check_part("sampled-images", 8, 12, 8, multiple=4)
+    check_part("sampled-images", 18, 18, 8, multiple=4)
+    with pytest.raises(UserError, match=rf"--sampled-images {part} of {whole}: must both be mult"):
+        check_part("sampled-images", part, whole, 8, multiple=4)

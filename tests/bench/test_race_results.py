@@ -132,6 +132,25 @@ def test_a_ratio_is_the_baselines_seconds_over_ones_own_round_by_round(entrants)
     assert compare(graph, peer, STEP).value == pytest.approx(8.0)
 
 
+def test_a_single_round_reaches_as_far_as_its_steps_and_batches_do():
+    times = StepTimes(p20=0.9, p50=1.0, p80=1.2)
+    alone = make_round(10.0, class_images=20.0).model_copy(update={"step_s": times})
+    # Training reaches from 9 to 12 s, class images from 10 to 30.
+    batches = StepTimes(p20=2.0, p50=4.0, p80=6.0)
+    found = alone.model_copy(update={"batch_s": batches})
+    assert found.reach(TOTAL) == pytest.approx((19.0, 42.0))
+    assert found.reach(CACHED) == pytest.approx((9.0, 12.0))
+    assert found.reach(STEP) == (0.9, 1.2)
+    assert alone.reach(TOTAL) is None and make_round(10.0).reach(CACHED) is None
+
+    peer = make_entrant("peer", [found], kind="diffusers", prior=True)
+    mine = make_entrant("mine", [make_round(5.0).model_copy(update={"step_s": times})])
+    ratio = compare(mine, peer, TOTAL)
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((19 / 6, 6.0, 42 / 4.5))
+    twice = make_entrant("mine", mine.rounds * 2), make_entrant("peer", [found] * 2)
+    assert compare(*twice, TOTAL).low == pytest.approx(6.0)
+
+
 def test_a_slow_round_leaves_its_ratio_as_it_is(entrants):
     peer = make_entrant(PEER, [make_round(40.0), make_round(80.0)], kind="diffusers", prior=True)
     mine = make_entrant("mine", [make_round(10.0), make_round(20.0)])

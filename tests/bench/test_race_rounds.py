@@ -75,8 +75,9 @@ def class_seconds(entrants):
 
 
 def test_every_other_round_runs_backwards(jobs, make_plan):
-    plan, told = make_plan(rounds=3), []
-    *_, entrants = run_race(plan, told.append)
+    plan = make_plan(rounds=3)
+    told, found = zip(*run_race(plan), strict=True)
+    entrants = found[-1]
     names = [entrant.name for entrant in plan.entrants]
     order = [job.entrant.name for job in jobs]
     assert order == [*names, *names[::-1], *names]
@@ -88,7 +89,7 @@ def test_every_other_round_runs_backwards(jobs, make_plan):
 def test_two_forms_of_one_job_share_class_images_and_the_first_of_a_round_samples_them(
     jobs, make_plan
 ):
-    *_, entrants = run_race(make_plan())
+    *_, (_, entrants) = run_race(make_plan())
     found = class_seconds(entrants)
     name = "class_images"
     assert found[PRIOR_PEER] == [(10.0, {}), (90.0, {name: CACHED_PEER})]
@@ -99,7 +100,7 @@ def test_two_forms_of_one_job_share_class_images_and_the_first_of_a_round_sample
 
 
 def test_rounds_that_do_not_sample_take_the_last_time_that_it_took(jobs, make_plan):
-    *_, entrants = run_race(make_plan(rounds=3, sampling_rounds=1))
+    *_, (_, entrants) = run_race(make_plan(rounds=3, sampling_rounds=1))
     found = class_seconds(entrants)
     assert [seconds for seconds, _ in found[PRIOR]] == [40.0] * 3
     assert [by for _, by in found[PRIOR]] == [{}, *[{"class_images": PRIOR}] * 2]
@@ -112,6 +113,7 @@ def test_what_was_extrapolated_where_it_was_sampled_is_so_where_it_is_shared():
         steps=5,
         extrapolated=["class_images"],
         energy_joules={"class_images": 9.0},
+        batch_s=StepTimes(p20=1.0, p50=2.0, p80=3.0),
     )
     found = Round(
         phases={"training": 1.0, "class_images": 0.1},
@@ -123,11 +125,26 @@ def test_what_was_extrapolated_where_it_was_sampled_is_so_where_it_is_shared():
     assert shared.phases == {"class_images": 70.0, "training": 1.0}
     assert set(shared.extrapolated) == {"class_images", "training"}
     assert shared.energy_joules == {"class_images": 9.0, "training": 3.0}
+    assert shared.batch_s == sampled.batch_s
 
 
-def test_each_round_leaves_what_there_is_so_far(jobs, make_plan):
-    counts = [[len(each.rounds) for each in entrants] for entrants in run_race(make_plan())]
-    assert counts == [[1] * 5, [2] * 5]
+def test_words_mark_what_is_extrapolated(jobs, make_plan):
+    plan = make_plan(rounds=1)
+    *_, (_, entrants) = run_race(plan)
+    peer = entrants[0].rounds[0].model_copy(update={"extrapolated": ["class_images"]})
+    entrants[0] = entrants[0].model_copy(update={"rounds": [peer]})
+    text = describe_race(make_report({}, plan.settings, entrants))
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{PRIOR_PEER} ")]
+    assert "10.00*" in line and line.endswith("12.00*")
+    assert "total 6.00* (6.00 to 6.00), class images cached 1.00 (" in text
+    assert "in one round" in text
+    assert describe_round(0, plan.entrants[0], peer).endswith("12.00 s (extrapolated)")
+
+
+def test_each_entrant_leaves_what_there_is_so_far_in_the_order_of_the_first_round(jobs, make_plan):
+    counts = [[len(each.rounds) for each in entrants] for _, entrants in run_race(make_plan())]
+    first = [[1] * number for number in range(1, 6)]
+    assert counts == [*first, *([1] * (5 - number) + [2] * number for number in range(1, 6))]
 
 
 def test_after_the_time_is_up_no_entrant_is_started(jobs, make_plan):
@@ -147,7 +164,7 @@ def test_what_the_jobs_write_is_deleted_unless_it_is_kept(monkeypatch, make_plan
 
 def test_words_say_what_was_given_and_how_many_times_as_fast(jobs, make_plan):
     plan = make_plan(sampling_rounds=1)
-    *_, entrants = run_race(plan)
+    *_, (_, entrants) = run_race(plan)
     machine = {"cpu": "a CPU", "torch": "2.13", "triton": "3.7", "diffusers": "0.42"}
     text = describe_race(make_report(machine, plan.settings, entrants))
     for words in (

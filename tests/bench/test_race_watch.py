@@ -18,7 +18,7 @@ SETTINGS = RaceSettings(
     precision="float32",
     rank=4,
     steps=101,
-    class_images=18,
+    class_images=20,
     sampler_steps=2,
     guidance_scale=4.0,
     num_photos=5,
@@ -28,7 +28,7 @@ SETTINGS = RaceSettings(
 )
 
 
-def make_job(sampled_images=18, trained_steps=101, prior=True):
+def make_job(sampled_images=20, trained_steps=101, prior=True):
     return Job(
         settings=SETTINGS,
         entrant=EntrantPlan(name=PRIOR_PEER, kind="diffusers", prior=prior),
@@ -59,7 +59,7 @@ def measured(job):
     watch.seconds = {"class_images": 50.0, "encode": 10.0, "first_step": 3.0, "training": 20.0}
     watch.joules = {"class_images": 100.0, "training": 40.0}
     watch.class_encoding_s = 8.0
-    watch._batches = [30.0, 34.0]
+    watch._batches = [20.0, 30.0, 34.0]
     return make_round(job, watch, start_s=6.0, peak=None)
 
 
@@ -112,12 +112,18 @@ def test_a_job_done_whole_is_not_extrapolated():
 
 
 def test_left_out_class_images_take_as_long_as_the_last_batch():
-    found = measured(make_job(sampled_images=8))
-    # Five batches, of which three are left; ten more pictures to encode.
-    assert found.phases["class_images"] == pytest.approx(50.0 + 3 * 4.0)
-    assert found.phases["encode"] == pytest.approx(10.0 + 8.0 * 10 / 8)
-    assert found.energy_joules["class_images"] == pytest.approx(100.0 * 62 / 50)
+    found = measured(make_job(sampled_images=12))
+    # Five batches, of which two are left; eight more pictures to encode.
+    assert found.phases["class_images"] == pytest.approx(50.0 + 2 * 4.0)
+    assert found.phases["encode"] == pytest.approx(10.0 + 8.0 * 8 / 12)
+    assert found.energy_joules["class_images"] == pytest.approx(100.0 * 58 / 50)
     assert set(found.extrapolated) == {"class_images", "encode"}
+
+
+def test_the_time_of_a_batch_is_from_the_end_of_the_one_before():
+    batches = measured(make_job()).batch_s
+    assert batches.p50 == pytest.approx(7.0)
+    assert 4.0 <= batches.p20 < batches.p50 < batches.p80 <= 10.0
 
 
 def test_without_class_images_nothing_of_them_is_extrapolated():

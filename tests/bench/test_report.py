@@ -9,31 +9,44 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import ROOT, report
+from bench import ROOT, report, scaling_axes
 from bench.race_results import write_race
 from bench.report_charts import Interval, choose_ticks, draw_intervals, draw_stacks
 from bench.report_html import VOID, element, join, table
 from bench.report_markdown import render
 from bench.report_results import KINDS, read_result, read_results
-from tests.bench.report_races import MACHINE, PPT_EAGER, make_entrants, make_race
+from bench.report_scaling import ABOUT_RUNS, ABOUT_SUBJECTS, RUNS, STEP
+from tests.bench.report_races import (
+    MACHINE,
+    PEER,
+    PPT_EAGER,
+    make_entrant,
+    make_entrants,
+    make_race,
+)
 
 RESULTS = ROOT / "bench" / "results"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SCALING = {
     "kind": "scaling",
     "machine": MACHINE,
+    "command": "python -m bench.scaling --axes rank --output bench/results",
     "settings": {"model": "mini-sdxl", "resolution": None, "batch_size": 1, "precision": "float32"},
     "axes": [
         {
-            **{"axis": "rank", "x": "rank", "of": "a step", "drift": 1.0},
+            **{"axis": "rank", "x": "rank", "of": "a step", "drift": 0.97},
             "rows": [
-                {"recipe": "ppt-lora", "label": "8", "x": 8, "p50 s": 0.05}
-                | {"peak bytes": 2e9, "flops": None}
+                {"recipe": "ppt-lora", "label": "8", "x": 8, "peak bytes": 2e9, "flops": None}
+                | {"p20 s": 0.049, "p50 s": 0.05, "p80 s": 0.052, "rounds": 33}
             ],
             "refused": [{"label": "4096", "refused": "too large"}],
             "fits": [{"recipe": "ppt-lora", "what": "seconds", "in words": "exponent 0.50"}],
-            "picture": "cpu-scaling-rank-2030-01-02.png",
-        }
+            "picture": "cpu-scaling-mini-sdxl-rank-2030-01-02.png",
+        },
+        {
+            **{"axis": "subjects", "x": "subjects", "of": "runs in turn", "drift": None},
+            **{"rows": [], "refused": [], "fits": [], "picture": None},
+        },
     ],
 }
 CEILINGS = {"product tflop/s": 0.0712, "product size": 1024, "copy gb/s": 20.0}
@@ -129,10 +142,38 @@ def test_the_race_is_shown_with_its_settings_numbers_and_command(tmp_path, races
     assert text.count("<svg") == 4
 
 
+def test_a_stronger_peer_stands_beside_the_quoted_ratio(tmp_path):
+    cached = make_entrant("cached latents", step=0.1, class_images=200.0, kind="diffusers")
+    path = tmp_path / "race.json"
+    write_race(path, make_race([*make_entrants(), cached]))
+    text = write_page(tmp_path, path)
+    # 222 s over 6.08 s: 2 s + 200 s + 19.9 s + 0.1 s.
+    assert "<b>37.2x</b>" in text and "<span>36.51x against cached latents</span>" in text
+
+
+def test_what_is_extrapolated_is_marked_in_the_charts_too(tmp_path, capsys):
+    entrants = make_entrants()
+    peer = entrants[0]
+    part = [each.model_copy(update={"extrapolated": ["class_images"]}) for each in peer.rounds]
+    path, old = tmp_path / "race.json", tmp_path / "old.json"
+    write_race(path, make_race([peer.model_copy(update={"rounds": part}), *entrants[1:]]))
+    write_race(old, make_race())
+    text = write_page(tmp_path, path, "--against", old)
+    said = f"Extrapolated from a part of the work: {PEER} (class images)."
+    assert said in text and said in capsys.readouterr().out
+    whole, cached, total, on_disk = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert f"{PEER}†</text>" in whole and f"{PPT_EAGER}†</text>" in total
+    assert f"{PEER}</text>" in cached and "†" not in cached and "†" not in on_disk
+    assert "whole job († in part extrapolated):" in text
+
+
 def test_a_planted_regression_is_marked_on_the_page_and_printed(tmp_path, races, capsys):
     text = write_page(tmp_path, races[1], "--against", races[0])
     printed = capsys.readouterr().out
     assert "worse than in" in printed and ": 6\n" in printed
+    # 9 ratios, and 6 numbers of the two with class images 8: of 3 rounds 3 %.
+    assert "37 numbers were held against their spread over 3 rounds" in printed
+    assert "would call about 1.1 of them worse" in printed and "about 1.1 of them" in text
     assert f"{PPT_EAGER}: step, ms: 50.0 (49.0 to 51.5) -> 60.0 (58.8 to 61.8) (1.20x)" in printed
     assert re.search(rf'<tr class="worse"><th scope="row">{PPT_EAGER}: step, ms</th>', text)
     assert "<h3>Worse: 6</h3>" in text
@@ -146,15 +187,40 @@ def test_the_same_race_is_no_worse_than_itself(tmp_path, races, capsys):
 
 def test_scaling_and_roofline_have_their_fits_phases_and_pictures(tmp_path):
     for name, content in (("scaling", SCALING), ("roofline", ROOFLINE)):
-        (tmp_path / f"cpu-{name}-2030-01-02.json").write_text(json.dumps(content))
-    for name in ("scaling-rank", "roofline"):
+        (tmp_path / f"cpu-{name}-mini-sdxl-2030-01-02.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"mini-sdxl-rank-2030-01-02\.png: no such"):
+        write_page(tmp_path, tmp_path)
+    for name in ("scaling-mini-sdxl-rank", "roofline-mini-sdxl"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"cpu-{name}-2030-01-02.png")
     text = write_page(tmp_path, tmp_path)
     assert "exponent 0.50" in text and "4096: too large" in text
     assert "<td>70.4%</td>" in text and "not measured" in text and "aten::bmm" in text
     assert Tags(text).counts["img"] == 2
-    command = "--model mini-sdxl --batch-size 1 --device cpu --output bench/results"
-    assert f"python -m bench.scaling {command}" in text
+    assert SCALING["command"] in text and report.COMMANDS["roofline"] in text
+    for part in (
+        "<td>0.05</td><td>2</td><td>0.049 to 0.052</td><td>33</td>",
+        "ran 0.97 times as fast after it",
+        "float32 (A CPU, 1 thread, torch 2.13.0, 2030-01-02).",
+        "<caption>A profiled step by families of kernels: eager, 50.0 ms, of which",
+    ):
+        assert part in text
+    # Of the subjects alone.
+    assert text.count(join(ABOUT_RUNS)) == text.count(join(ABOUT_SUBJECTS)) == 1
+    assert (STEP, RUNS) == (scaling_axes.STEP, scaling_axes.RUNS)
+
+
+def test_races_of_a_gpu_say_on_how_much_of_the_work_they_rest(tmp_path):
+    row = {"suite": "race", "model": "sdxl", "file": "cuda-race-sdxl.json", "left out": ["apt"]}
+    row |= {"steps": 500, "trained steps": 50, "class images": 100, "sampled images": 8}
+    content = {"machine": MACHINE, "tests": {}, "rows": [row | {"times as fast": {"total": 12.3}}]}
+    target = {"what": "SDXL", "target": 11.0, "measured": 12.3, "met": True}
+    content |= {"targets": [target], "refused": [], "not measured": []}
+    path = tmp_path / "race-gpu-2030-01-02.json"
+    path.write_text(json.dumps(content))
+    text = write_page(tmp_path, path)
+    assert "times as fast, extrapolated" in text and "are extrapolated from it" in text
+    assert "<td>total 12.30x</td><td>50 of 500</td><td>8 of 100</td>" in text
+    assert "<td>11</td><td>12.3</td><td>met</td>" in text
 
 
 def test_every_result_that_is_kept_has_a_kind():

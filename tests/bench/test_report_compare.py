@@ -1,7 +1,9 @@
+import random
+
 import pytest
 
-from bench.race_compare import BETTER, UNTOLD, WITHIN, WORSE, compare_races, judge
-from bench.race_spreads import Spread
+from bench.race_compare import BETTER, CHANCE, UNTOLD, WITHIN, WORSE, compare_races, judge
+from bench.race_spreads import Spread, spread_of
 from tests.bench.report_races import (
     LORA_PRIOR,
     MACHINE,
@@ -72,10 +74,29 @@ def test_a_change_is_more_than_the_larger_range_and_one_percent(old, new, more_i
     assert judge(*spreads, more_is_better=more_is_better) == said
 
 
+@pytest.mark.parametrize("rounds", CHANCE)
+def test_so_many_unchanged_numbers_are_called_worse_by_chance(rounds):
+    generator, tries = random.Random(0), 4000
+
+    def draw():
+        return spread_of([generator.gauss(100, 5) for _ in range(rounds)])
+
+    worse = sum(judge(draw(), draw(), more_is_better=False) == WORSE for _ in range(tries))
+    assert worse / tries == pytest.approx(CHANCE[rounds], abs=0.012, rel=0.1)
+
+
+def test_what_became_worse_begins_with_the_largest_change():
+    comparison = compare_races(make_race(make_entrants(ppt_step=0.1)), make_race())
+    factors = [max(c.times, 1 / c.times) for c in comparison.worse]
+    assert factors == sorted(factors, reverse=True) and factors[0] == pytest.approx(2.0)
+
+
 def test_of_one_round_only_the_step_can_be_told():
     old = make_race(make_entrants(rounds=[1.0]), rounds=1)
     new = make_race(make_entrants(rounds=[1.0], ppt_step=0.1), rounds=1)
-    found = verdicts(compare_races(new, old).numbers)
+    comparison = compare_races(new, old)
+    found = verdicts(comparison.numbers)
+    assert comparison.by_chance is None
     assert found.pop((PPT_EAGER, "step, ms")) == WORSE
     # 95 % to 110 % of the median lies between the percentiles of the same step.
     for name in (PEER, LORA_PRIOR, PPT_GRAPH):

@@ -134,9 +134,9 @@ def test_the_clock_counts_from_mark_to_mark(monkeypatch):
 
 def test_bytes_of_the_kernels_of_the_update_are_counted_by_hand(step):
     size = sum(p.nbytes for group in step.step.optimizer.param_groups for p in group["params"])
-    # Parameter for the products; parameter and gradient for the norm; those and the moments;
-    # parameter and moments written.
-    assert update_traffic(step) == Traffic(10 * size, 7 * size)
+    # Parameter for the products; parameter, and gradient there and back, for the anchor's pull;
+    # gradient for the norm; parameter, gradient and moments; parameter and moments written.
+    assert update_traffic(step) == Traffic(12 * size, 7 * size)
 
 
 def test_without_an_anchor_the_update_reads_less(source):
@@ -146,12 +146,17 @@ def test_without_an_anchor_the_update_reads_less(source):
 
 
 @pytest.mark.slow
-def test_the_command_leaves_every_phase_the_ceilings_and_a_picture(tmp_path, capsys, monkeypatch):
+def test_the_command_leaves_every_phase_the_ceilings_and_a_picture(
+    source, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(PRODUCT_SIZES, "cpu", (128, 256))
     arguments = ["--model", "mini-sd3", "--rank", "2", "--sampler-steps", "2", "--rounds", "2"]
     assert roofline.main([*arguments, "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("cpu-roofline-*.json")
+    (path,) = tmp_path.glob("cpu-roofline-mini-sd3-2*.json")
     report = json.loads(path.read_text())
+    assert (
+        report["command"] == f"python -m bench.roofline {' '.join(arguments)} --output {tmp_path}"
+    )
     phases = {row["phase"]: row for row in report["phases"]}
     assert list(phases) == ["load", "encode", "class sampling", *PARTS, "step"]
     assert all(row["p50 s"] > 0 and row["least bytes"] > 0 for row in phases.values())
@@ -159,6 +164,13 @@ def test_the_command_leaves_every_phase_the_ceilings_and_a_picture(tmp_path, cap
         sum(phases[name]["flops"] for name in PARTS), rel=1e-3
     )
     assert report["mfu"] == phases["step"]["mfu"] > 0
+    # Read from files, and written to memory.
+    weights = sum(source.make_family().weight_bytes().values())
+    assert (
+        phases["load"]["least bytes"]
+        == phases["load"]["bytes"]
+        == pytest.approx(2 * weights, rel=1e-3)
+    )
     assert "4 pictures, 2 steps" in phases["class sampling"]["note"]
     assert report["settings"]["resolution"] == 64
     assert report["profile"]["engine"] == "eager" and report["profile"]["top"]
