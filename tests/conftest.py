@@ -67,13 +67,17 @@ def family_float64() -> Family:
 
 @pytest.fixture
 def make_config(photos: Path, tmp_path: Path):
-    """Return a maker of small run configurations on the mini model."""
+    """Return a maker of small run configurations on the mini model.
+
+    Pictures have half the side that the model is made for. A setting of None is the default.
+    """
 
     def make(recipe: str = "ppt-lora", **settings: object) -> RunConfig:
         small: dict[str, object] = {
             "model.path": "mini-sdxl",
             "model.device": "cpu",
             "photos.folder": str(photos),
+            "photos.resolution": 32,
             "prompts.class_noun": "robot",
             "output": str(tmp_path / "out"),
             "samples.enabled": False,
@@ -82,8 +86,9 @@ def make_config(photos: Path, tmp_path: Path):
             "stage.0.trainables.lora.rank": 4,
             "stage.0.trainables.lora.learning_rate": 1e-3,
         }
-        keys = {key.replace("__", "."): value for key, value in settings.items()}
-        return build_config(recipe, settings=list((small | keys).items()))
+        keys = small | {key.replace("__", "."): value for key, value in settings.items()}
+        given = [(key, value) for key, value in keys.items() if value is not None]
+        return build_config(recipe, settings=given)
 
     return make
 

@@ -36,6 +36,12 @@ def find(report: Report, what: str) -> Finding:
     return finding
 
 
+@pytest.fixture
+def _nothing_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has no part about the memory of the run, which takes seconds to predict."""
+    monkeypatch.setattr(doctor, "memory", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def here() -> Report:
     """The report of this machine, without a model."""
@@ -207,6 +213,7 @@ def test_model_on_the_hub_alone_is_to_be_downloaded(monkeypatch: pytest.MonkeyPa
     assert "downloads it" in found[1].text
 
 
+@pytest.mark.usefixtures("_nothing_predicted")
 def test_gpu_that_is_not_there_is_a_problem_and_the_rest_is_still_said() -> None:
     result = run("--device", "cuda:99", "--model", "mini-sdxl")
     assert result.exit_code == 1
@@ -295,6 +302,7 @@ def test_triton_matters_on_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert finding.level == "problem" and "libmissing.so" in finding.text
 
 
+@pytest.mark.usefixtures("_nothing_predicted")
 def test_what_would_stop_the_run_is_a_problem(tmp_path: Path) -> None:
     file = tmp_path / "a file"
     file.write_text("")
@@ -304,6 +312,7 @@ def test_what_would_stop_the_run_is_a_problem(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "can be written" in result.output
 
 
+@pytest.mark.usefixtures("_nothing_predicted")
 def test_missing_tensorboard_is_a_problem_where_curves_are_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -313,6 +322,7 @@ def test_missing_tensorboard_is_a_problem_where_curves_are_wanted(
     assert result.exit_code == 1 and "pip install 'fastppt[tensorboard]'" in result.output
 
 
+@pytest.mark.usefixtures("_nothing_predicted")
 def test_recipe_of_another_family_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +341,7 @@ def test_bad_setting_is_a_mistake_of_the_command() -> None:
     assert result.exit_code == 2 and "model.precision must be" in result.stderr
 
 
+@pytest.mark.usefixtures("_nothing_predicted")
 def test_run_file_is_looked_at_as_train_would(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[model]\npath = "mini-sdxl"\ndevice = "cpu"\nprecision = "bf16"\n')

@@ -313,7 +313,7 @@ def take_steps(params, optimizer, num_steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("num_steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [8, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["raw", "effective", "decoupled"])
 def test_a_trajectory_strays_no_further_than_plain_float32(device, monkeypatch, form, num_steps):
     runs = [make_params(device), make_params("cpu"), make_params("cpu", torch.float64)]

@@ -179,7 +179,9 @@ def test_map_sum_and_its_gradients_equal_the_reference(device, given):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["two groups of heads", "several tiles"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param("two groups of heads", marks=pytest.mark.slow), "several tiles"]
+)
 @pytest.mark.parametrize("given", [False, True])
 def test_a_base_equal_to_the_map_gives_zeros(device, dtype, shape, given):
     arguments = make(device, SHAPES[shape], dtype, given=given)
@@ -272,6 +274,7 @@ def test_slices_of_joint_tokens_are_read_in_place(device):
     check(sliced)
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal(device):
     arguments = make(device, SHAPES["two groups of heads"])
     assert all(map(torch.equal, run(arguments), run(arguments)))

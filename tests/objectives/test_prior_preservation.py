@@ -61,6 +61,7 @@ def test_loss_and_every_gradient_follow_the_equation(
         torch.float64,
         **{f"{PRIOR}.weight": 0.6, f"{DENOISING}.weight": 1.7, "stage.0.batch_size": 3},
         **{"stage.0.gradient_accumulation": 2, "stage.0.trainables.lora.alpha": 4.0},
+        **{"photos.resolution": 64},
         **(weighting if min_snr else {}),
     )
     step, adapters = stage.step, stage.trainables.lora

@@ -32,6 +32,9 @@ from fastppt.training.step import Step, run_step
 
 MakeConfig = Callable[..., RunConfig]
 
+# Photos of two shapes are of one where pictures are smaller.
+FULL_SIZE = {"photos.resolution": 64}
+
 
 @pytest.fixture
 def mixed_photos(photos: Path, tmp_path: Path) -> Path:
@@ -72,7 +75,12 @@ def test_a_run_with_buckets_trains_on_each_shape_and_says_which(
     make_config: MakeConfig, mixed_photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = record_steps(monkeypatch)
-    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True, "stage.0.steps": 12}
+    settings = {
+        "photos.folder": str(mixed_photos),
+        "photos.buckets": True,
+        **FULL_SIZE,
+        "stage.0.steps": 12,
+    }
     result, text = run(make_config(**settings, **{"stage.0.batch_size": 2}))
     assert "note: 2 buckets: 64x64 (3 photos), 80x48 (2 photos)" in text
     shapes = {tuple(step.latents.latent_shape) for step in taken}
@@ -92,7 +100,7 @@ def test_a_run_with_buckets_trains_on_each_shape_and_says_which(
 def test_a_run_with_buckets_repeats_bit_for_bit(
     make_config: MakeConfig, mixed_photos: Path, tmp_path: Path
 ) -> None:
-    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True}
+    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True, **FULL_SIZE}
     first, second, square = (
         weights(run(make_config(output=str(tmp_path / place), **settings | changes))[0])
         for place, changes in (("a", {}), ("b", {}), ("c", {"photos.buckets": False}))
@@ -104,7 +112,11 @@ def test_square_photos_train_the_same_with_and_without_buckets(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     with_buckets, without = (
-        weights(run(make_config(output=str(tmp_path / str(on)), **{"photos.buckets": on}))[0])
+        weights(
+            run(make_config(output=str(tmp_path / str(on)), **{"photos.buckets": on}, **FULL_SIZE))[
+                0
+            ]
+        )
         for on in (True, False)
     )
     assert equal(with_buckets, without)
@@ -114,7 +126,12 @@ def test_square_photos_train_the_same_with_and_without_buckets(
 def test_the_bucket_is_a_function_of_seed_and_step_number(
     make_config: MakeConfig, mixed_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True, "stage.0.steps": 30}
+    settings = {
+        "photos.folder": str(mixed_photos),
+        "photos.buckets": True,
+        **FULL_SIZE,
+        "stage.0.steps": 30,
+    }
     shapes = []
     for place, changes in (("a", {}), ("b", {"stage.0.batch_size": 2}), ("c", {"seed": 1})):
         with monkeypatch.context() as patch:
@@ -149,7 +166,7 @@ def test_photos_are_drawn_evenly_over_all_buckets() -> None:
 def test_a_step_of_one_bucket_moves_what_the_other_goes_on_with(
     family: Family, make_config: MakeConfig, mixed_photos: Path
 ) -> None:
-    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True}
+    settings = {"photos.folder": str(mixed_photos), "photos.buckets": True, **FULL_SIZE}
     config = resolve(make_config(**settings), family)
     trainables = build_trainables(config, family)
     adapters = trainables.lora
@@ -176,7 +193,7 @@ def test_notes_name_photos_that_are_scaled_up_and_prompts_that_are_cut(
     picture.resize((80, 40)).save(folder / "small.png")
     picture.resize((64, 64)).save(folder / "fits.png")
     (folder / "fits.txt").write_text(" ".join(["{subject}"] + ["red"] * 20 + ["shiny"] * 2))
-    settings = {"photos.folder": str(folder), "stage.0.steps": 1}
+    settings = {"photos.folder": str(folder), "stage.0.steps": 1, **FULL_SIZE}
     _, text = run(make_config(**settings))
     notes = [line for line in text.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
@@ -195,7 +212,7 @@ def test_of_many_notes_of_one_kind_the_first_are_printed(
     for number in range(num_photos):
         picture.save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"a robot, number {number}")
-    settings = {"photos.folder": str(tmp_path), "stage.0.steps": 1}
+    settings = {"photos.folder": str(tmp_path), "stage.0.steps": 1, **FULL_SIZE}
     _, text = run(make_config(output=str(tmp_path / "out"), **settings))
     notes = [line for line in text.splitlines() if line.startswith("note: ")]
     kinds = ["is scaled up", "does not say {subject}"]
@@ -207,7 +224,8 @@ def test_no_bucket_is_larger_than_the_network_has_places_for(
     make_config: MakeConfig, family: Family, mixed_photos: Path
 ) -> None:
     config = resolve(
-        make_config(**{"photos.folder": str(mixed_photos), "photos.buckets": True}), family
+        make_config(**{"photos.folder": str(mixed_photos), "photos.buckets": True, **FULL_SIZE}),
+        family,
     )
     family.largest_side = 64
     buckets, _ = encode(config, family, find_photos(mixed_photos), Console(quiet=True))

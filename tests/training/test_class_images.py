@@ -98,7 +98,7 @@ def test_class_images_are_counted_hashed_and_reused(cache: Cache) -> None:
     digests = [hashlib.sha256(content).hexdigest() for content in bytes_of(first)]
     assert list(first.hashes.values()) == digests
     assert (first.num_reused, cache.batches) == (0, [[0, 1], [2, 3], [4, 5]])
-    assert [picture.size for picture in first.pictures] == [(64, 64)] * COUNT
+    assert [picture.size for picture in first.pictures] == [(32, 32)] * COUNT
     second = cache.find()
     assert (second.num_reused, len(cache.batches)) == (COUNT, 3)
     assert (second.pictures, second.hashes) == (first.pictures, first.hashes)
@@ -184,7 +184,7 @@ def test_a_manifest_that_cannot_be_read_vouches_for_nothing(cache: Cache, conten
         {"prior__seed": 1},
         {"prior__batch_size": 1},
         {"prompts.class_noun": "toy"},
-        {"photos.resolution": 32},
+        {"photos.resolution": 64},
         {"weights": "v"},
     ],
 )

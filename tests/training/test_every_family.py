@@ -45,7 +45,7 @@ def stock_picture(model: str, folder: Path, file: str) -> np.ndarray:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(model, marks=() if model == "mini-sdxl" else pytest.mark.slow)
+        pytest.param(model, marks=() if model == "mini-sd3" else pytest.mark.slow)
         for model in MINI_MODELS
     ],
 )
@@ -57,6 +57,7 @@ def test_sixty_steps_on_real_photos_give_files_that_diffusers_draws_the_same_wit
             "model.path": model,
             "photos.folder": str(real_photos("duck_toy")),
             "prompts.class_noun": "toy",
+            "photos.resolution": 64,
             "stage.0.steps": 60,
             "stage.0.trainables.lora.learning_rate": 1e-2,
         }

@@ -91,7 +91,7 @@ def test_each_bucket_has_its_graph_and_all_share_the_update(
     for number, path in enumerate(sorted(photos.glob("*"))):
         size = (96, 64) if number in (1, 4) else (72, 72)
         Image.open(path).convert("RGB").resize(size).save(folder / f"{number}.png")
-    settings = {"photos.folder": str(folder), "photos.buckets": True}
+    settings = {"photos.folder": str(folder), "photos.resolution": 64, "photos.buckets": True}
     settings["stage.0.gradient_accumulation"] = num_passes
     eager, replayed, recorder = eager_and_replayed(make_config, 5, **settings)
     assert are_equal(eager, replayed)

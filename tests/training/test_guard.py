@@ -198,7 +198,7 @@ def test_a_step_notes_every_sample_by_its_number_in_the_run(
     for number, path in enumerate(sorted(photos.glob("*"))):
         size = (96, 64) if number in (1, 4) else (72, 72)
         Image.open(path).convert("RGB").resize(size).save(folder / f"{number}.png")
-    settings = {"photos.folder": str(folder), "photos.buckets": True}
+    settings = {"photos.folder": str(folder), "photos.resolution": 64, "photos.buckets": True}
     settings |= {"stage.0.gradient_accumulation": 2, "stage.0.batch_size": 3}
     steps, runner = prepared(make_config, kind, **settings)
     numbers = [[0, 2, 3], [1, 4]]

@@ -183,6 +183,7 @@ def test_a_float16_run_whose_scale_backs_off_is_neither_stopped_nor_alarmed(
     """At its first scale, 2^16, the gradients of such weights overflow in every step."""
     settings = {
         "model.precision": "fp16",
+        "photos.resolution": 64,
         "stage.0.objectives.feature_alignment.weight": 300.0,
         "stage.0.objectives.denoising.weight": 300.0,
         "stage.0.steps": 16,

@@ -180,6 +180,7 @@ def test_buckets_share_the_indicator(make_config: MakeConfig, tmp_path: Path, ph
         size = (96, 64) if number % 2 else (72, 72)
         Image.open(path).convert("RGB").resize(size).save(folder / f"{number}.png")
     settings = APT | {"photos.folder": str(folder), "photos.buckets": True}
+    settings["photos.resolution"] = 64
     family = load("mini-sdxl")
     config = resolve(make_config("lora", **settings), family)
     trainables = build_trainables(config, family)

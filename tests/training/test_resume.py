@@ -314,6 +314,7 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model.path": "mini-sdxl",
         "model.device": "cpu",
         "photos.folder": str(shutil.copytree(photos, tmp_path_factory.mktemp("own") / "photos")),
+        "photos.resolution": 32,
         "prompts.class_noun": "robot",
         "output": str(tmp_path_factory.mktemp("finished") / "out"),
         "samples.enabled": False,
