@@ -1,9 +1,15 @@
 """Teaches a text-to-image diffusion model one subject without letting it forget the rest."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from fastppt.backend import CapturedStep, OverfittingIndicator, attach
+
+__all__ = ["CapturedStep", "OverfittingIndicator", "__version__", "attach", "load"]
 __version__ = "0.1.0"
+
+IN_BACKEND = ("CapturedStep", "OverfittingIndicator", "attach")
 
 Pipeline = TypeVar("Pipeline")
 
@@ -30,3 +36,12 @@ def load(pipe: Pipeline, run: str | Path) -> Pipeline:
     from fastppt.outputs.loading import load as load_run
 
     return load_run(pipe, Path(run))
+
+
+def __getattr__(name: str) -> Any:
+    """Import what other trainers' loops use when it is first asked for: diffusers takes seconds."""
+    if name not in IN_BACKEND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastppt import backend
+
+    return getattr(backend, name)

@@ -9,6 +9,7 @@ import platform
 import re
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -132,7 +133,35 @@ def packages() -> list[Finding]:
         error = _import_error("fastppt.training.loop")
         text = __version__ if error is None else f"{__version__} cannot be imported: {error}"
         found.append(Finding("ok" if error is None else "problem", "fastppt", text))
-    return found
+    return [*found, kernels_package()]
+
+
+def kernels_package() -> Finding:
+    """Return whether the fastppt_kernels that is imported is the one that fastppt brings.
+
+    They are a distribution of their own as well, with the same files: where both are installed, the
+    later one has written over the other, and removing one takes the files of both.
+    """
+    root = Path(__file__).resolve().parents[1]
+    spec = find_spec("fastppt_kernels")
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).resolve().parent
+    own = [root / "fastppt_kernels", root / "kernels" / "fastppt_kernels"]
+    again = f"pip install --force-reinstall --no-deps fastppt=={__version__}"
+    if folder is None:
+        text = f"not there: an uninstalled fastppt-kernels has taken fastppt's along; {again}"
+        return Finding("problem", "fastppt_kernels", text)
+    version = _other_kernels(own)
+    if version is None and folder in own:
+        return Finding("ok", "fastppt_kernels", f"fastppt's own, in {folder}")
+    if version is None:
+        text = f"imported from {folder}, not from {root} as fastppt: take it off PYTHONPATH"
+        return Finding("problem", "fastppt_kernels", text)
+    mend = "pip uninstall fastppt-kernels" + (f", then {again}" if folder == own[0] else "")
+    text = (
+        f"fastppt-kernels {version} is installed beside fastppt {__version__}, which brings the "
+        f"package too; imported is {folder}. {mend}"
+    )
+    return Finding("note" if version == __version__ else "problem", "fastppt_kernels", text)
 
 
 def kernels(device: torch.device) -> Finding:
@@ -297,6 +326,19 @@ def _fit(what: str, need: int, free: int) -> Finding:
     if need > free:
         return Finding("problem", what, f"the model does not fit: {numbers}")
     return Finding("ok", what, f"the model fits: {numbers}")
+
+
+def _other_kernels(own: list[Path]) -> str | None:
+    """Return the version of an installed fastppt-kernels; None if there is none.
+
+    What a build has left in the checkout is no installation.
+    """
+    try:
+        found = metadata.distribution("fastppt-kernels")
+    except metadata.PackageNotFoundError:
+        return None
+    is_left = Path(str(found.locate_file("fastppt_kernels"))).resolve() == own[1]
+    return None if is_left else found.version
 
 
 def _version_of(name: str) -> str:

@@ -38,6 +38,8 @@ MAY_IMPORT = {
         *("config_io", "data", "errors", "families", "objectives", "outputs"),
         "trainables",
     },
+    "foreign": {*CONFIG, "errors", "families", "objectives", "trainables", "training"},
+    "backend": {"foreign"},
     "evaluation": {*CONFIG, "data", "errors", "families", "mini", "outputs", ""},
     "machine": set(),
     "forecast": {*CONFIG, "errors", "families", "machine", "outputs", "training"},
@@ -61,12 +63,12 @@ MAY_IMPORT = {
         *("outputs", "recipe_list", "sweep", "training", ""),
     },
     "__main__": {"cli"},
-    # `fastppt.load`, when it is called.
-    "": {"outputs"},
+    # `fastppt.load` when it is called, and what other trainers' loops use when it is asked for.
+    "": {"backend", "outputs"},
 }
 # Where the libraries of models and formats may be used.
 MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}
-MODEL_PARTS = {"families", "trainables", "outputs", "data", "mini", "mini.pretrain"}
+MODEL_PARTS = {"families", "foreign", "trainables", "outputs", "data", "mini", "mini.pretrain"}
 KERNEL_LIBRARIES = {"torch", "triton", "fastppt_kernels"}
 # Where model families may be named, and how one looks; sd-scripts is another trainer, and ss_sd_
 # begins keys of its metadata.

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import PromptEmbeddings, PromptIds
+from fastppt.families.networks import finest_blocks
 from fastppt.families.unet import UNetFamily
 
 
@@ -37,11 +38,7 @@ class StableDiffusion(UNetFamily):
         self, pipeline: Any, model: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__(pipeline, model, device, dtype)
-        # As many as elsewhere: the finer two, since the coarsest has no attention (our choice).
-        num_blocks = len(pipeline.unet.config.up_block_types)
-        self.aligned_blocks: tuple[str, ...] = tuple(
-            f"up_blocks.{index}" for index in range(num_blocks - 2, num_blocks)
-        )
+        self.aligned_blocks: tuple[str, ...] = finest_blocks(pipeline.unet.config.up_block_types)
         is_second = bool(pipeline.unet.config.use_linear_projection)
         predicts_velocity = self.prediction_type == "v_prediction"
         # The names that sd-scripts gives (get_model_version_str_for_sd1_sd2, sai_model_spec).

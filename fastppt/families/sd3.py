@@ -19,6 +19,13 @@ from fastppt.errors import UserError
 from fastppt.families.attention import Projections
 from fastppt.families.base import PromptEmbeddings, PromptIds
 from fastppt.families.joint_attention import make_joint_adaptable
+from fastppt.families.networks import (
+    JOINT_CHANNEL_DIM,
+    joint_feature_layers,
+    joint_features_of,
+    late_joint_blocks,
+    with_joint_features,
+)
 from fastppt.families.pipeline import PipelineFamily
 from fastppt.families.sampling import SamplerTable, flow_table
 
@@ -46,7 +53,7 @@ class StableDiffusion3(PipelineFamily):
     repeated_blocks: tuple[str, ...] = ("JointTransformerBlock",)
     lora_component = "transformer"
     prediction_type = "flow"
-    feature_channel_dim = -1
+    feature_channel_dim = JOINT_CHANNEL_DIM
     # What comes nearest to Custom Diffusion's cross-attentions in joint attention (our choice): the
     # text's keys and values, which the image looks at, with their biases.
     text_weights: tuple[str, ...] = ("*.attn.add_k_proj.*", "*.attn.add_v_proj.*")
@@ -70,13 +77,8 @@ class StableDiffusion3(PipelineFamily):
         self.unread_projections: tuple[str, ...] = (
             f"transformer_blocks.{config.num_layers - 1}.attn.add_q_proj",
         )
-        late_blocks = range(config.num_layers // 2, config.num_layers)
-        self.aligned_blocks: tuple[str, ...] = tuple(
-            f"transformer_blocks.{index}" for index in late_blocks
-        )
-        self.second_half: tuple[str, ...] = tuple(
-            f"transformer_blocks.{index}.*" for index in late_blocks
-        )
+        self.aligned_blocks: tuple[str, ...] = late_joint_blocks(config.num_layers)
+        self.second_half: tuple[str, ...] = tuple(f"{block}.*" for block in self.aligned_blocks)
         self.native_resolution: int = config.sample_size * pipeline.vae_scale_factor
         self.resolution_step: int = pipeline.vae_scale_factor * config.patch_size
         self.largest_side: int | None = self.resolution_step * config.pos_embed_max_size
@@ -103,17 +105,15 @@ class StableDiffusion3(PipelineFamily):
 
     def feature_layers(self) -> dict[str, nn.Module]:
         """Return the joint blocks, by path."""
-        blocks = self.network.get_submodule("transformer_blocks")
-        return {f"transformer_blocks.{name}": block for name, block in blocks.named_children()}
+        return joint_feature_layers(self.network)
 
     def features_of(self, output: Any) -> Tensor:
         """Return the image tokens [B, Q, C] of a block's output, which are second in it."""
-        features: Tensor = output[1]
-        return features
+        return joint_features_of(output)
 
     def with_features(self, output: Any, features: Tensor) -> Any:
         """Return a block's output with other image tokens."""
-        return (output[0], features)
+        return with_joint_features(output, features)
 
     def _encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Return tokens [N, K, D] and pooled [N, W], as the pipeline encodes prompts.

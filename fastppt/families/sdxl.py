@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastppt.config import ModelConfig
 from fastppt.families.base import PromptEmbeddings, PromptIds
+from fastppt.families.networks import blocks_with_attention
 from fastppt.families.text_encoders import PROJECTIONS
 from fastppt.families.unet import UNetFamily
 
@@ -105,14 +106,3 @@ class StableDiffusionXL(UNetFamily):
             scheduler=type(self._pipeline.scheduler).from_config(self._pipeline.scheduler.config),
             force_zeros_for_empty_prompt=self._pipeline.config.force_zeros_for_empty_prompt,
         )
-
-
-def blocks_with_attention(up_block_types: Sequence[str]) -> tuple[str, ...]:
-    """Return the paths of the up blocks whose layers Adaptive Personalized Training holds.
-
-    Those with attention: of the published UNet the coarser two, as in the paper
-    (arXiv 2507.02687).
-    """
-    return tuple(
-        f"up_blocks.{index}" for index, kind in enumerate(up_block_types) if "CrossAttn" in kind
-    )

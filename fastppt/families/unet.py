@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from fastppt.config import ModelConfig
 from fastppt.errors import UserError
 from fastppt.families.base import PromptEmbeddings
+from fastppt.families.networks import (
+    UNET_CHANNEL_DIM,
+    unet_feature_layers,
+    unet_features_of,
+    with_unet_features,
+)
 from fastppt.families.pipeline import PipelineFamily
 from fastppt.families.sampling import SamplerTable, ddim_table, euler_table
 
@@ -39,7 +45,7 @@ class UNetFamily(PipelineFamily):
     second_half: tuple[str, ...] = ("up_blocks.*",)
     # Custom Diffusion (arXiv 2212.04488), section 3.2.
     text_weights: tuple[str, ...] = ("*.attn2.to_k.weight", "*.attn2.to_v.weight")
-    feature_channel_dim = 1
+    feature_channel_dim = UNET_CHANNEL_DIM
     sampler_steps = 50
 
     def __init__(
@@ -74,24 +80,15 @@ class UNetFamily(PipelineFamily):
 
     def feature_layers(self) -> dict[str, nn.Module]:
         """Return what ends each layer of a block, a resnet or the attention after it, by path."""
-        layers: dict[str, nn.Module] = {}
-        for name, block in self.network.named_modules():
-            if hasattr(block, "resnets"):
-                resnets, attentions = block.resnets, getattr(block, "attentions", ())
-                layers |= {f"{name}.resnets.{i}": resnet for i, resnet in enumerate(resnets)}
-                for i, attention in enumerate(attentions):
-                    del layers[f"{name}.resnets.{i}"]
-                    layers[f"{name}.attentions.{i}"] = attention
-        return layers
+        return unet_feature_layers(self.network)
 
     def features_of(self, output: Any) -> Tensor:
         """Return [B, C, h, w]: a resnet's output, or what stands first in an attention's."""
-        features: Tensor = output[0] if isinstance(output, tuple) else output
-        return features
+        return unet_features_of(output)
 
     def with_features(self, output: Any, features: Tensor) -> Any:
         """Return a layer's output with other features, a tuple where it was one."""
-        return (features, *output[1:]) if isinstance(output, tuple) else features
+        return with_unet_features(output, features)
 
     def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Return [B] int64, uniform over 0..T-1."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -14,6 +15,7 @@ from fastppt_kernels.lora_anchor_penalty.op import lora_anchor_penalty_
 from fastppt_kernels.lora_pairs import Pair
 from fastppt_kernels.optim_groups import (
     NUM_SEEDS,
+    check_limit,
     check_options,
     find_gradients,
     is_off,
@@ -22,7 +24,9 @@ from fastppt_kernels.optim_groups import (
     resolve_pairs,
     share_out,
 )
-from fastppt_kernels.optim_state import check_saved, make_state, write_over
+from fastppt_kernels.optim_settle import settle, settle_replaced, states_of
+from fastppt_kernels.optim_sharded import check_sharded, has_shards, sharded_step_
+from fastppt_kernels.optim_state import check_saved, keep_places, make_state, take_over
 
 # What a group holds for this optimizer's parameters alone: neither saved nor loaded.
 NOT_SAVED = ("lora_pairs", "working_copy", "anchor_storage")
@@ -65,10 +69,12 @@ class AnchoredAdamW(Optimizer):
         anchor_weight: Factor of the penalty, a float or a 0-dim tensor on the parameters' device.
             The float 0 does no work and keeps no anchor.
         anchor: "start": the values at the time when the group is added, kept as
-            ``state[p]["anchor"]``. "zero": nothing is kept or read. A list: one tensor, or None
-            for zeros, for each parameter over all groups in order (for each of the group's, where
-            a group gives it). Anchors that are all zero are not kept; for form "effective" nor are
-            those of parameters whose pairs all have B0 A0 = 0 (a new LoRA, whose ups are zero).
+            ``state[p]["anchor"]``. "first_step": those that the first step finds, where weights
+            are loaded, cast or sharded after the optimizer is made; that step reads on the host.
+            "zero": nothing is kept or read. A list: one tensor, or None for zeros, for each
+            parameter over all groups in order (for each of the group's, where a group gives it).
+            Anchors that are all zero are not kept; for form "effective" nor are those of parameters
+            whose pairs all have B0 A0 = 0 (a new LoRA, whose ups are zero).
         form: "raw", "effective" or "decoupled".
         max_grad_norm: The largest norm, over all groups; None: no clip.
         anchor_storage: "device", or "host": anchors are kept in host memory, pinned where the
@@ -102,9 +108,17 @@ class AnchoredAdamW(Optimizer):
     been taken before, with gradients that stay in place (``zero_grad(set_to_none=False)``).
     Float options are kept on the device; a step that finds one changed rewrites it there, but a
     replay does not look, so what is to change between replays is given as a tensor. State is made
-    with the group. Anchors are part of the state_dict, or a resumed run would be held at the values
-    it resumed from; ``load_state_dict`` writes into the state's tensors where they are.
-    What ``.grad`` holds after a step is not part of the contract.
+    with the group, or with anchor "first_step" by that step. Anchors are part of the state_dict, or
+    a resumed run would be held at the values it resumed from; ``load_state_dict`` writes into the
+    state's tensors where they are. What ``.grad`` holds after a step is not part of the contract.
+
+    In other trainers: parameters that were moved to another device take their state along at the
+    next step. A step raises ValueError for what would be silently wrong: parameters cast to or from
+    float64, of another shape, or in the place of others whose anchors were kept. A clip outside
+    does not see the anchor; ``max_grad_norm`` does. A GradScaler unscales before the step, and
+    leaves it out where gradients are not finite. ``torch.compile`` leaves it as it is. DTensors
+    (``fully_shard``) are worked on where they lie, with penalty and norm of the whole; "effective",
+    "8bit", "stochastic", "host" and working copies are refused for them.
 
     Launches on a GPU: two for each group (two for each piece of anchors from the host) and one for
     all, whatever the number of tensors, after those of the effective form's penalty. Float64, and
@@ -132,8 +146,7 @@ class AnchoredAdamW(Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: got {max_grad_norm}, want a number > 0, or None")
+        check_limit(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.penalty = self.grad_norm = torch.zeros(())
         self.skipped = torch.zeros((), dtype=torch.bool)
@@ -175,14 +188,16 @@ class AnchoredAdamW(Optimizer):
         # torch normalises the group and appends it; a group that we then refuse goes again.
         group = self.param_groups.pop()
         check_options(group)
+        check_sharded(group, anchor, copies)
         places = resolve_pairs(group, pairs)
         if places is not None:
             group["lora_pairs"] = places
         if copies is not None:
             group["working_copy"] = resolve_copies(group, copies)
         group["anchor"], anchors = resolve_anchor(group, anchor, share)
-        for param, value in zip(group["params"], anchors, strict=True):
-            self.state[param] = make_state(param, value, group["moments"])
+        if group["anchor"] != "first_step":
+            for param, value in zip(group["params"], anchors, strict=True):
+                self.state[param] = make_state(param, value, group["moments"])
         self.param_groups.append(group)
         self.refresh_working_copies()
 
@@ -196,6 +211,7 @@ class AnchoredAdamW(Optimizer):
                     if copy is not None:
                         copy.copy_(param)
 
+    @_disable_dynamo
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], float] | None = None,
@@ -223,7 +239,9 @@ class AnchoredAdamW(Optimizer):
 
         Raises:
             ValueError: A sparse gradient; under CUDA graph capture, a parameter without a gradient
-                (named by its index): the graph would leave it out for good.
+                (named by its index): the graph would leave it out for good, or a first step that is
+                to take the anchors; parameters that are no more those that the group was added
+                with, see the class.
         """
         loss = None
         if closure is not None:
@@ -232,6 +250,8 @@ class AnchoredAdamW(Optimizer):
         with torch.no_grad():
             penalties, batches = [], []
             for number, group in enumerate(self.param_groups):
+                if group["anchor"] == "first_step":
+                    settle(number, self.param_groups, self.state)
                 indices = find_gradients(number, group)
                 if not indices:
                     continue
@@ -240,7 +260,8 @@ class AnchoredAdamW(Optimizer):
                     penalties += _pull_pairs_(group, indices, batch)
                 batches.append(batch)
             if batches:
-                self.penalty, self.grad_norm, self.skipped = anchored_adamw_(
+                take_step = sharded_step_ if has_shards(batches) else anchored_adamw_
+                self.penalty, self.grad_norm, self.skipped = take_step(
                     batches,
                     self.max_grad_norm,
                     extra_penalties=penalties,
@@ -257,7 +278,7 @@ class AnchoredAdamW(Optimizer):
         """Return the parameters of ``indices`` of the group, with what a step needs of them."""
         group = self.param_groups[number]
         params = [group["params"][i] for i in indices]
-        states = [self.state[p] for p in params]
+        states = states_of(number, params, self.param_groups, self.state)
         form, weight = group["form"], group["anchor_weight"]
         if not is_off(weight) and group["anchor"] == "none":
             raise ValueError(
@@ -303,6 +324,7 @@ class AnchoredAdamW(Optimizer):
         Without ``lora_pairs``, ``working_copy`` and ``anchor_storage``, which belong to this
         optimizer's parameters.
         """
+        settle_replaced(self.param_groups, self.state)
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             for name in NOT_SAVED:
@@ -322,8 +344,9 @@ class AnchoredAdamW(Optimizer):
                 shared with.
 
         Raises:
-            ValueError: The groups differ, also in how moments are kept, or the state holds no
-                anchor where it should (that of another optimizer, say).
+            ValueError: The groups or the shapes differ (the state of another network), or how
+                moments are kept; the state is that of another optimizer, or holds no anchor where
+                it should.
         """
         check_saved(self.param_groups, state_dict)
         old_groups = list(self.param_groups)
@@ -333,19 +356,12 @@ class AnchoredAdamW(Optimizer):
         saved_groups = state_dict["param_groups"]
         for group, old, saved in zip(self.param_groups, old_groups, saved_groups, strict=True):
             group |= {name: old[name] for name in NOT_SAVED if name in old}
-            for name in ("lr", "anchor_weight"):
-                held, value = old[name], group[name]
-                if isinstance(value, Tensor):
-                    device = held.device if isinstance(held, Tensor) else value.device
-                    group[name] = write_over(held, value, device)
-            on_host = {"anchor"} if group["anchor_storage"] == "host" else set()
+            keep_places(group, old)
             for param, number in zip(group["params"], saved["params"], strict=True):
-                self.state[param] = {
-                    name: write_over(
-                        old_state[param].get(name), value, param.device, host=name in on_host
-                    )
-                    for name, value in state_dict["state"][number].items()
-                }
+                # None for a parameter whose anchor the first step is to take.
+                if values := state_dict["state"].get(number):
+                    held = old_state.get(param, {})
+                    self.state[param] = take_over(held, values, param, group)
         self.refresh_working_copies()
 
     def __getstate__(self) -> dict[str, Any]:

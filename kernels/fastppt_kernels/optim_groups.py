@@ -9,10 +9,11 @@ from torch.optim.optimizer import ParamsT
 
 from fastppt_kernels.anchored_adamw.plain import is_dense
 from fastppt_kernels.lora_pairs import Pair, Pairs, Place, locate_pairs
+from fastppt_kernels.optim_sharded import is_sharded
 from fastppt_kernels.optim_state import copy_to_host
 
 FORMS = ("raw", "effective", "decoupled")
-ANCHORS = ("start", "zero")
+ANCHORS = ("start", "first_step", "zero")
 # What the other options in words may be.
 CHOICES = {
     "form": FORMS,
@@ -49,18 +50,29 @@ def share_out(params: ParamsT, anchor: Sequence[Tensor | None]) -> list[dict[str
     return groups
 
 
+def check_limit(max_grad_norm: float | None) -> None:
+    """Raise ValueError unless the limit of the norm is one."""
+    if max_grad_norm is not None and not (
+        isinstance(max_grad_norm, float | int) and max_grad_norm > 0
+    ):
+        raise ValueError(f"max_grad_norm: got {max_grad_norm!r}, want a number > 0, or None")
+
+
 def check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option out of its range."""
+    """Raise ValueError for an option out of its range, or of another type (a text, say)."""
     for name in ("lr", "eps", "weight_decay", "anchor_weight"):
         value = group[name]
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name}: got {value}, want a number >= 0")
+        if not isinstance(value, Tensor) and not (isinstance(value, float | int) and value >= 0):
+            raise ValueError(f"{name}: got {value!r}, want a number >= 0")
         if isinstance(value, Tensor) and (name in ("eps", "weight_decay") or value.dim() != 0):
             wanted = "a float" if name in ("eps", "weight_decay") else "a float or a 0-dim tensor"
             raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, want {wanted}")
-    for index, beta in enumerate(group["betas"]):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{index}]: got {beta}, want a number in [0, 1)")
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"betas: got {betas!r}, want two numbers, (0.9, 0.999) say")
+    for index, beta in enumerate(betas):
+        if not (isinstance(beta, float | int) and 0 <= beta < 1):
+            raise ValueError(f"betas[{index}]: got {beta!r}, want a number in [0, 1)")
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f'{name}: got "{group[name]}", want one of {", ".join(choices)}')
@@ -69,8 +81,8 @@ def check_options(group: dict[str, Any]) -> None:
             'anchor_storage "host" is for the forms raw and decoupled; the effective form reads '
             'its few anchors in products: leave them on the "device"'
         )
-    if group["seed"] < 0:
-        raise ValueError(f"seed: got {group['seed']}, want an integer >= 0")
+    if not (isinstance(group["seed"], int) and group["seed"] >= 0):
+        raise ValueError(f"seed: got {group['seed']!r}, want an integer >= 0")
     _check_params(group)
 
 
@@ -158,7 +170,7 @@ def resolve_anchor(
     These are copies, or with ``share`` the tensors of the list themselves. Of copies, what is zero
     is not kept, nor is what only pairs with B0 A0 = 0 would read. The kinds: "start" keeps a tensor
     for each parameter, "list" for some, "zero" for none, and "none" means that the weight was 0, so
-    that nothing was kept.
+    that nothing was kept. "first_step" is yet to become one of the others.
     """
     params = group["params"]
     nothing: list[Tensor | None] = [None] * len(params)
@@ -172,8 +184,8 @@ def resolve_anchor(
         return "none", nothing
     if share:
         return "list", shared
-    if anchor == "zero":
-        return "zero", nothing
+    if anchor in ("zero", "first_step"):
+        return str(anchor), nothing
     given = dict(enumerate(params if isinstance(anchor, str) else anchor))
     values = {i: value.detach().contiguous() for i, value in given.items() if value is not None}
     read = _indices_read(group, values)
@@ -240,8 +252,11 @@ def _indices_read(group: dict[str, Any], anchors: dict[int, Tensor]) -> set[int]
 
 
 def _is_given(anchor: Tensor) -> bool:
-    """Say whether an anchor is not zero; on the meta device, where nothing is known, it is not."""
-    return anchor.is_meta or bool(anchor.any())
+    """Say whether an anchor is not zero.
+
+    On the meta device nothing is known, and a process knows but its own part of a sharded one.
+    """
+    return anchor.is_meta or is_sharded(anchor) or bool(anchor.any())
 
 
 def find_gradients(number: int, group: dict[str, Any]) -> list[int]:
@@ -262,6 +277,15 @@ def find_gradients(number: int, group: dict[str, Any]) -> list[int]:
         elif grad.layout != torch.strided:
             raise ValueError(f"params[{index}]: its gradient is sparse, want a dense one")
     return [index for index, grad in enumerate(grads) if grad is not None]
+
+
+def refuse_capture(where: str) -> None:
+    """Raise ValueError if a CUDA graph is being captured: state is not to be made in it."""
+    if _is_capturing():
+        raise ValueError(
+            f"{where}: has no state for its parameters as they are, and a captured step cannot "
+            "make it; take a step before the capture"
+        )
 
 
 def _is_capturing() -> bool:

@@ -1,6 +1,6 @@
 """What an optimizer's state holds, and how a saved one is checked and taken over."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,39 +41,103 @@ def make_state(param: Tensor, anchor: Tensor | None, moments: str) -> dict[str, 
     return state
 
 
+def describes(moment: Tensor, param: Tensor, moments: str) -> bool:
+    """Say whether a moment is of the shape and the dtype that the parameter's is kept in."""
+    dtype = torch.uint8 if moments == "8bit" else wide_dtype(param.dtype)
+    return (moment.shape, moment.dtype) == (param.shape, dtype)
+
+
 def check_saved(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if the state_dict's anchors are not those that its groups speak of."""
-    for index, saved in enumerate(state_dict["param_groups"]):
-        where = f"param_groups[{index}]"
+    """Raise ValueError if the state_dict is not one for these groups, with the anchors it names."""
+    saved_groups, states = state_dict["param_groups"], state_dict["state"]
+    for index, saved in enumerate(saved_groups):
         if "anchor" not in saved:
+            names = sorted({str(name) for state in states.values() for name in state})
             raise ValueError(
-                f"{where}: the state_dict names no anchor, so it is not that of an AnchoredAdamW"
+                f"param_groups[{index}]: the state_dict names no anchor, so it is not that of an "
+                f"AnchoredAdamW (its state holds {', '.join(names) or 'nothing'}); its moments are "
+                "not taken over: resume without the optimizer's state, or with the optimizer that "
+                "saved it"
             )
-        if (
-            index < len(groups)
-            and saved["form"] == "effective"
-            and "lora_pairs" not in groups[index]
-        ):
+    sizes = [[len(group["params"]) for group in each] for each in (saved_groups, groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"param_groups: the state_dict has groups of {sizes[0]} parameters, this optimizer of "
+            f"{sizes[1]}; it is that of another network: load the state that was saved with this "
+            "one, or resume without the optimizer's state"
+        )
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_saved_group(f"param_groups[{index}]", group, saved, states)
+
+
+def _check_saved_group(
+    where: str, group: dict[str, Any], saved: dict[str, Any], states: dict[Any, dict[str, Any]]
+) -> None:
+    if saved["form"] == "effective" and "lora_pairs" not in group:
+        raise ValueError(
+            f'{where}: the saved form is "effective" and this group has no lora_pairs; '
+            "make the optimizer with the form and the pairs that it was saved with"
+        )
+    if saved["moments"] != group["moments"]:
+        raise ValueError(
+            f"{where}: the saved moments are {saved['moments']} and those of this group "
+            f'{group["moments"]}; make the optimizer with moments="{saved["moments"]}"'
+        )
+    wanted = {"step", *MOMENTS}
+    if saved["moments"] == "8bit":
+        wanted |= {*map(scale_name, MOMENTS)}
+    if saved["anchor"] == "start":
+        wanted |= {"anchor"}
+    for param, number in zip(group["params"], saved["params"], strict=True):
+        if saved["anchor"] == "first_step" and number not in states:
+            continue
+        state = states.get(number, {})
+        missing = wanted - state.keys()
+        if missing:
             raise ValueError(
-                f'{where}: the saved form is "effective" and this group has no lora_pairs; '
-                "make the optimizer with the form and the pairs that it was saved with"
+                f"{where}: the state of parameter {number} lacks {', '.join(sorted(missing))}; "
+                "load the state as state_dict() gave it, or resume without the optimizer's state"
             )
-        if index < len(groups) and saved["moments"] != groups[index]["moments"]:
-            raise ValueError(
-                f"{where}: the saved moments are {saved['moments']} and those of this group "
-                f'{groups[index]["moments"]}; make the optimizer with moments="{saved["moments"]}"'
-            )
-        for number in saved["params"]:
-            state = state_dict["state"].get(number, {})
-            missing = {"step", *MOMENTS} - state.keys()
-            if saved["moments"] == "8bit":
-                missing |= {*map(scale_name, MOMENTS)} - state.keys()
-            if saved["anchor"] == "start":
-                missing |= {"anchor"} - state.keys()
-            if missing:
+        shapes = {name: tuple(state[name].shape) for name in (*MOMENTS, "anchor") if name in state}
+        for name, shape in shapes.items():
+            if shape != tuple(param.shape):
                 raise ValueError(
-                    f"{where}: the state of parameter {number} lacks {', '.join(sorted(missing))}"
+                    f"{where}: {name} of parameter {number} has shape {shape}, the parameter "
+                    f"{tuple(param.shape)}; it is the state of another network: load the one that "
+                    "was saved with this one, or resume without the optimizer's state"
                 )
+        if not describes(state["exp_avg"], param, saved["moments"]):
+            raise ValueError(
+                f"{where}: exp_avg of parameter {number} is {state['exp_avg'].dtype} and the "
+                f"parameter {param.dtype}; cast the network to what it was saved as"
+            )
+
+
+def take_over(
+    held: Mapping[str, Tensor], values: Mapping[str, Tensor], param: Tensor, group: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return a parameter's state with copies of ``values``, in the memory of ``held`` if they fit.
+
+    Args:
+        held: The state that there is; written.
+        values: The state to copy.
+        param: Where it is, the copies are to be, but for anchors that the group has on the host.
+        group: That of the parameter.
+    """
+    on_host = {"anchor"} if group["anchor_storage"] == "host" else set()
+    return {
+        name: write_over(held.get(name), value, param.device, host=name in on_host)
+        for name, value in values.items()
+    }
+
+
+def keep_places(group: dict[str, Any], old: dict[str, Any]) -> None:
+    """Write loaded options that are tensors where those of the group before are."""
+    for name in ("lr", "anchor_weight"):
+        held, value = old[name], group[name]
+        if isinstance(value, Tensor):
+            device = held.device if isinstance(held, Tensor) else value.device
+            group[name] = write_over(held, value, device)
 
 
 def write_over(old: object, new: Tensor, device: torch.device, *, host: bool = False) -> Tensor:
