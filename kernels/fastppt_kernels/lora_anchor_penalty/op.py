@@ -69,18 +69,18 @@ def lora_anchor_penalty_(
             one of ``down_grads`` and ``up_grads``, or only one anchor of a pair; a weight that is
             neither a float nor such a tensor.
 
-    Rounding: on the CPU, and where a tensor is float64, products and sums are taken in float64,
-        which no tf32 or autocast setting reaches, so that the result does not depend on them and
-        no global state is read or changed. The kernels take them in float32, without tf32, 512
-        columns at a time: within 5e-7 of the update (norms), at any drift. The gradient is
-        rounded to float32 (kept in float64 if any tensor given is float64) and added; a float16
-        or bfloat16 gradient is widened, added to and rounded once. Two runs are equal bit by bit.
+    Rounding: products and sums are taken in float32, whatever autocast says, or in float64 where a
+        tensor is float64. The kernels take no tf32, and 512 columns at a time; on the CPU they are
+        taken in float64 where ``torch.get_float32_matmul_precision()`` allows fewer bits. Within
+        5e-7 of the update (norms), at any drift. The gradient is rounded to float32 (kept in
+        float64 if any tensor given is float64) and added; a float16 or bfloat16 gradient is
+        widened, added to and rounded once. Two runs are equal bit by bit.
 
     Memory traffic: 4 reads or writes an element of A and B, 6 with an anchor (1 and 2 without
         grads): one pass for the Grams, which must be there before a product is added, and one for
         the gradients. The floor, factors kept in the cache between the passes, is 3 and 4. FLOPs:
         4 rank an element, 10 rank with an anchor. Scratch: see ``launch_lora_anchor_``; on the
-        CPU float64 copies of some pairs at a time.
+        CPU copies of some pairs at a time.
     """
     pairs = LoraAnchor(downs, ups, scales, down_grads, up_grads, anchor_downs, anchor_ups)
     check_weight(weight, downs)

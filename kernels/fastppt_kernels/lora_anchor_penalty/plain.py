@@ -1,4 +1,4 @@
-"""The LoRA anchor penalty in PyTorch: many pairs of one shape at a time, in float64.
+"""The LoRA anchor penalty in PyTorch: many pairs of one shape at a time.
 
 Shape suffixes: n pairs of one shape, r rank, i in, o out.
 """
@@ -72,13 +72,16 @@ def pull_pairs_(batches: Sequence[PairBatch], weight: float | Tensor) -> Tensor:
         for tensors in (each.downs, each.ups, each.anchor_downs, each.down_grads, each.up_grads)
     ]
     dtype = compute_dtype(tensor for tensors in lists for tensor in tensors)
+    # Where PyTorch may take float32 products in fewer bits, they are taken in float64.
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    wide = dtype if is_exact else torch.float64
     squares = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(batches[0].downs[0].device.type, enabled=False):
         for batch in batches:
-            down_nri, up_nor = _join(batch.downs), _join(batch.ups)
+            down_nri, up_nor = _join(batch.downs, wide), _join(batch.ups, wide)
             has_anchor = bool(batch.anchor_downs)
-            anchor_nri = _join(batch.anchor_downs) if has_anchor else None
-            anchor_nor = _join(batch.anchor_ups) if has_anchor else None
+            anchor_nri = _join(batch.anchor_downs, wide) if has_anchor else None
+            anchor_nor = _join(batch.anchor_ups, wide) if has_anchor else None
             square, grams = _square_and_grams(down_nri, up_nor, anchor_nri, anchor_nor)
             squares.append(batch.scale**2 * square)
             if not batch.down_grads:
@@ -121,9 +124,9 @@ def _difference(value: Tensor, anchor: Tensor | None) -> Tensor:
     return value if anchor is None else value - anchor
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Join [1, x, y] tensors to [n, x, y], in float64."""
-    return torch.cat(list(tensors)).double()
+def _join(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Join [1, x, y] tensors to [n, x, y]."""
+    return torch.cat(list(tensors)).to(dtype)
 
 
 def _alike(
@@ -133,8 +136,8 @@ def _alike(
     anchor_downs: Sequence[Tensor | None],
 ) -> Iterator[list[int]]:
     """Yield the indices of pairs of one shape and scale, as many as the cache holds at a time."""
-    # CPU: a megabyte of float64 copies at a time. Elsewhere: few launches.
-    size = 1 << 15 if downs[0].device.type == "cpu" else 1 << 23
+    # CPU: half a megabyte of copies and as much of gradients at a time. Elsewhere: few launches.
+    size = 1 << 17 if downs[0].device.type == "cpu" else 1 << 23
     alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
         alike[down.shape, up.shape, scale, anchor_downs[index] is None].append(index)
