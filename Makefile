@@ -33,7 +33,7 @@ demo-lora:
 	$(BIN)/fastppt train --recipe lora $(DEMO_RUN) --output $(DEMO)/lora
 
 demo-ppt-lora:
-	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --anchor-weight 0.001 --output $(DEMO)/ppt-lora
+	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --anchor-weight 0.003 --output $(DEMO)/ppt-lora
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -1,6 +1,6 @@
 """What methods teach, and what they cost: ``python -m bench.bench_preservation --output DIR``.
 
-Recipes x subjects x seeds on mini-sdxl, and a sweep of the anchor's weight. Each cell is a whole
+Recipes x subjects x seeds on mini-sdxl, and sweeps of the anchor's weight. Each cell is a whole
 training through fastppt and an evaluation by the judge of the mini world, on one thread, and is
 kept as JSON: the same command goes on with a bench that was stopped, at any time and however. The
 same command in a second process shares the cells with the first, so start one a core; whichever
@@ -31,6 +31,7 @@ from bench.preservation_plan import (
     METHODS,
     NOUNS,
     STEPS,
+    SWEEPS,
     Method,
     Plan,
     describe,
@@ -107,15 +108,15 @@ def make_report(cells: Sequence[Row], plan: Plan, methods: Sequence[Method]) -> 
         "intervals": "95 %, Student's t over subjects, each the mean of its seeds",
         "rows": summarise(cells, names),
         "claims": answer_claims(cells),
-        "anchor weights": weigh_sweep(cells),
-        "calibrated anchor weight": calibrate(cells),
+        "anchor weights": {swept: weigh_sweep(cells, swept) for swept in SWEEPS},
+        "calibrated anchor weights": {swept: calibrate(cells, swept) for swept in SWEEPS},
         "cpu seconds": sum(cell["cpu seconds"] for cell in cells),
         "cells": list(cells),
     }
 
 
 def choose_methods(names: Sequence[str] | None, with_sweep: bool) -> list[Method]:
-    """Return the methods of these names, all where there are none, and those of the sweep.
+    """Return the methods of these names, all where there are none, and those of the sweeps.
 
     Raises:
         SystemExit: there is no method of a name.
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training, all stages")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="these alone")
-    parser.add_argument("--no-sweep", action="store_true", help="no sweep of the anchor's weight")
+    parser.add_argument("--no-sweep", action="store_true", help="no sweeps of the anchor's weight")
     parser.add_argument("--quick", action="store_true", help="few steps, for a look; not to keep")
     options = parser.parse_args(arguments)
     console, machine = Console(), describe_machine()
@@ -163,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_indicator(cells, pictures[1])
     console.print(console_table(report["rows"]))
     console.print(claims_table(report["claims"]))
-    console.print(f"calibrated anchor weight: {report['calibrated anchor weight']}")
+    for swept, weight in report["calibrated anchor weights"].items():
+        console.print(f"calibrated anchor weight of {swept}: {weight}")
     for written in (path, *pictures):
         console.print(f"written: {written}")
 

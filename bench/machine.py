@@ -35,6 +35,8 @@ def describe_machine(device: str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "diffusers": _version("diffusers"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
         "commit": _run("git", "rev-parse", "HEAD"),
         "uncommitted changes": _has_changes(),
         "date": datetime.date.today().isoformat(),

@@ -82,6 +82,7 @@ class Cell:
             "subject": self.subject,
             "noun": self.noun,
             "seed": self.seed,
+            "sweep": None if self.method is None else self.method.sweep,
             "anchor weight": None if self.method is None else self.method.anchor_weight,
         }
 

@@ -21,6 +21,7 @@ from bench.preservation_plan import (
     PPT_DREAMBOOTH,
     PPT_LORA,
     RARE_TOKEN,
+    SWEEPS,
 )
 from bench.preservation_statistics import (
     NOT_SHOWN,
@@ -43,6 +44,7 @@ PARTS = "each part of APT lowers the drift"
 RARE = "the two-stage rare token beats DreamBooth at equal steps"
 
 DRIFTS = ("class_noise", "other_noise")
+MONOTONE_NUMBERS = ("parameter_distance", *DRIFTS)
 OTHER_DRIFTS = ("other_noise", "other_frechet")
 
 
@@ -57,18 +59,18 @@ def answer_claims(cells: Sequence[Row]) -> list[Row]:
     ]
 
 
-def weigh_sweep(cells: Sequence[Row]) -> list[Row]:
-    """Return what each anchor weight of the sweep keeps and what it takes away, by weight.
+def weigh_sweep(cells: Sequence[Row], swept: str) -> list[Row]:
+    """Return what each anchor weight of a method's sweep keeps and what it takes away, by weight.
 
-    kept = (likeness - base's) / (likeness of LoRA - base's)
-    taken = 1 - drift / drift of LoRA, by the Frechet distance of other classes
+    kept = (likeness - base's) / (likeness of weight 0 - base's)
+    taken = 1 - drift / drift of weight 0, by the Frechet distance of other classes
     balance = 2 kept taken / (kept + taken); 0 where either is not above 0
 
     Returns:
-        Nothing where LoRA gains nothing or drifts nowhere, or there are no cells of it or of the
-        base.
+        Nothing where weight 0 gains nothing or drifts nowhere, or there are no cells of it or of
+        the base.
     """
-    sweep, base = sweep_of(cells), cells_of(cells, "base")
+    sweep, base = sweep_of(cells, swept), cells_of(cells, "base")
     if not base or not sweep or sweep[0][0] != 0:
         return []
 
@@ -91,30 +93,27 @@ def weigh_sweep(cells: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def calibrate(cells: Sequence[Row]) -> float | None:
+def calibrate(cells: Sequence[Row], swept: str) -> float | None:
     """Return the anchor weight of the best balance in `weigh_sweep`; None where none has any."""
-    rows = [row for row in weigh_sweep(cells) if row["balance"] > 0]
+    rows = [row for row in weigh_sweep(cells, swept) if row["balance"] > 0]
     return max(rows, key=lambda row: row["balance"])["weight"] if rows else None
 
 
-def sweep_of(cells: Sequence[Row]) -> list[tuple[float, str]]:
-    """Return weights and methods of the sweep, by weight; 0 is LoRA without an anchor."""
-    found = {
-        (cell["anchor weight"], cell["method"])
-        for cell in cells
-        if cell["anchor weight"] is not None
-    }
-    return sorted(found)
+def sweep_of(cells: Sequence[Row], swept: str) -> list[tuple[float, str]]:
+    """Return weights and methods of a method's sweep, by weight; 0 is without an anchor."""
+    return sorted(
+        {(cell["anchor weight"], cell["method"]) for cell in cells if cell["sweep"] == swept}
+    )
 
 
-def find_equal(cells: Sequence[Row], other: str) -> str | None:
-    """Return the method of the sweep, with an anchor, that learns the subject most nearly as well.
+def find_equal(cells: Sequence[Row], swept: str, other: str) -> str | None:
+    """Return the method of a sweep, with an anchor, that learns most nearly as well as another.
 
     Returns:
         None without cells of such methods, or of the other one.
     """
     fidelity, theirs = number("subject_fidelity"), cells_of(cells, other)
-    held = [name for weight, name in sweep_of(cells) if weight > 0]
+    held = [name for weight, name in sweep_of(cells, swept) if weight > 0]
     if not theirs or not held:
         return None
     wanted = mean_over_subjects(theirs, fidelity).mean
@@ -127,37 +126,34 @@ def find_equal(cells: Sequence[Row], other: str) -> str | None:
 
 def falling_cells(cells: Sequence[Row]) -> Row:
     """Return in how many subjects and seeds each larger weight made a drift smaller."""
-    sweep = [cells_of(cells, name) for _, name in sweep_of(cells)]
-    if len(sweep) < 2:
-        return {}
     counts: Row = {}
-    for name in ("parameter_distance", *DRIFTS):
-        tables = [
-            {(cell["subject"], cell["seed"]): number(name)(cell) for cell in each} for each in sweep
-        ]
-        shared = set.intersection(*(set(table) for table in tables))
-        falls = [all(b[key] < a[key] for a, b in pairwise(tables)) for key in shared]
-        counts[f"{name} falls throughout"] = f"{sum(falls)} of {len(falls)}"
+    for swept in SWEEPS:
+        sweep = [cells_of(cells, name) for _, name in sweep_of(cells, swept)]
+        if len(sweep) < 2:
+            continue
+        for name in MONOTONE_NUMBERS:
+            tables = [
+                {(cell["subject"], cell["seed"]): number(name)(cell) for cell in each}
+                for each in sweep
+            ]
+            shared = set.intersection(*(set(table) for table in tables))
+            falls = [all(b[key] < a[key] for a, b in pairwise(tables)) for key in shared]
+            counts[f"{swept}, {name} falls throughout"] = f"{sum(falls)} of {len(falls)}"
     return counts
 
 
 def _monotone(cells: Sequence[Row]) -> list[Row]:
-    parts, sweep, names = [], sweep_of(cells), ("parameter_distance", *DRIFTS)
-    for name in names:
-        for (small, one), (large, other) in pairwise(sweep):
-            what = f"{name}, weight {large:g} minus {small:g}"
-            parts.append(_part(what, difference(cells, other, one, number(name)), -1))
-    if len(sweep) > 2:
-        # Beside it, from end to end: how much there is to fall.
-        (least, first), (most, last) = sweep[0], sweep[-1]
-        parts += [
-            _part(
-                f"{name}, weight {most:g} minus {least:g}",
-                difference(cells, last, first, number(name)),
-                None,
-            )
-            for name in names
-        ]
+    parts = []
+    for swept in SWEEPS:
+        sweep = sweep_of(cells, swept)
+        steps = [(pair, -1) for pair in pairwise(sweep)]
+        if len(sweep) > 2:
+            # Beside it, from end to end: how much there is to fall.
+            steps.append(((sweep[0], sweep[-1]), None))
+        for ((small, one), (large, other)), wanted in steps:
+            for name in MONOTONE_NUMBERS:
+                what = f"{swept}, {name}, weight {large:g} minus {small:g}"
+                parts.append(_part(what, difference(cells, other, one, number(name)), wanted))
     return parts
 
 
@@ -166,10 +162,12 @@ def _other_classes(cells: Sequence[Row]) -> list[Row]:
     keep other classes by learning nothing, and one that is too small would lose without a fault.
     """
     parts = []
-    equal = find_equal(cells, LORA_PRIOR) or PPT_LORA
-    pairs = [(equal, LORA_PRIOR, -1), (PPT_DREAMBOOTH, DREAMBOOTH_PRIOR, -1)]
-    if equal != PPT_LORA:
-        pairs.insert(1, (PPT_LORA, LORA_PRIOR, None))
+    pairs: list[tuple[str, str, int | None]] = []
+    for swept, prior in ((PPT_LORA, LORA_PRIOR), (PPT_DREAMBOOTH, DREAMBOOTH_PRIOR)):
+        equal = find_equal(cells, swept, prior) or swept
+        pairs.append((equal, prior, -1))
+        if equal != swept:
+            pairs.append((swept, prior, None))
     for ours, theirs, wanted in pairs:
         for name in OTHER_DRIFTS:
             apart = difference(cells, ours, theirs, number(name))

@@ -18,11 +18,9 @@ EVALUATION = EvaluationSettings(samples=24, sampler_steps=8)
 WORD_PART = 0.2
 RANK = 16
 LORA_RATE, TEXT_LORA_RATE, WORD_RATE, FULL_RATE, CROSS_RATE = 2e-3, 1e-4, 5e-3, 1e-4, 5e-4
-# Of the anchor in the recipes on LoRA (effective form) and on the network's own weights (raw form).
-# The first is the "calibrated anchor weight" of the bench's own report.
-LORA_ANCHOR_WEIGHT, FULL_ANCHOR_WEIGHT = 3e-3, 1e-2
-# A sweep begins without an anchor: the recipe `lora`.
-SWEEP = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)
+# Of the anchor in the recipes on LoRA (effective form) and on the network's own weights (raw form):
+# the "calibrated anchor weights" of the bench's own report.
+LORA_ANCHOR_WEIGHT, FULL_ANCHOR_WEIGHT = 3e-3, 1e-1
 # Scales of losses, chosen by a trial on one subject and seed. With the recipe's 1000 for the
 # indicator's temperature, apt-ata-rs reached in as many steps a likeness of .51 instead of .68.
 INDICATOR_TEMPERATURE, DCO_BETA = 100.0, 100.0
@@ -39,6 +37,12 @@ DREAMBOOTH, PPT_DREAMBOOTH = "dreambooth", "ppt-dreambooth"
 DREAMBOOTH_PRIOR, RARE_TOKEN = "dreambooth-prior", "rare-token"
 CUSTOM, TEXTUAL_INVERSION, DCO = "custom-diffusion", "textual-inversion", "dco"
 APT_BASE, APT_ATA, APT_ATA_RS, APT = "apt-base", "apt-ata", "apt-ata-rs", "apt"
+
+# Anchor weights by the method that is swept. A sweep begins with the same training without one.
+SWEEPS: Mapping[str, tuple[float, ...]] = {
+    PPT_LORA: (1e-4, 1e-3, 3e-3, 1e-2, 1e-1),
+    PPT_DREAMBOOTH: (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+}
 
 OBJECTIVES = "stage.0.objectives"
 ANCHOR_WEIGHT = f"{OBJECTIVES}.anchor.weight"
@@ -78,7 +82,8 @@ class Method:
         settings: What is laid over the recipe.
         family: Of which family's variant the stages are. Those of another one than the mini
             model's are given to the trainer as stages of one's own.
-        anchor_weight: Where it is a part of the sweep, its weight there.
+        sweep: Where it is a part of one of the `SWEEPS`, the method that is swept.
+        anchor_weight: Its weight in that sweep.
         steps: Optimizer steps of each stage, as parts of all steps.
     """
 
@@ -86,6 +91,7 @@ class Method:
     recipe: str
     settings: Settings = field(default_factory=dict)
     family: str = "sdxl"
+    sweep: str | None = None
     anchor_weight: float | None = None
     steps: tuple[float, ...] = (1.0,)
 
@@ -112,16 +118,24 @@ APT_TAKEN = {
 }
 
 METHODS: tuple[Method, ...] = (
-    Method(LORA, "lora", OF_LORA, anchor_weight=0.0),
+    Method(LORA, "lora", OF_LORA, sweep=PPT_LORA, anchor_weight=0.0),
     Method(
         PPT_LORA,
         "ppt-lora",
         {**OF_LORA, ANCHOR_WEIGHT: LORA_ANCHOR_WEIGHT},
+        sweep=PPT_LORA,
         anchor_weight=LORA_ANCHOR_WEIGHT,
     ),
     Method(LORA_PRIOR, "lora-prior", {**OF_LORA, **OF_PRIOR}),
-    Method(DREAMBOOTH, "dreambooth", OF_FULL, "sd"),
-    Method(PPT_DREAMBOOTH, "ppt-dreambooth", {**OF_FULL, ANCHOR_WEIGHT: FULL_ANCHOR_WEIGHT}, "sd"),
+    Method(DREAMBOOTH, "dreambooth", OF_FULL, "sd", sweep=PPT_DREAMBOOTH, anchor_weight=0.0),
+    Method(
+        PPT_DREAMBOOTH,
+        "ppt-dreambooth",
+        {**OF_FULL, ANCHOR_WEIGHT: FULL_ANCHOR_WEIGHT},
+        "sd",
+        sweep=PPT_DREAMBOOTH,
+        anchor_weight=FULL_ANCHOR_WEIGHT,
+    ),
     Method(DREAMBOOTH_PRIOR, "dreambooth-prior", {**OF_FULL, **OF_PRIOR}, "sd"),
     Method(
         RARE_TOKEN,
@@ -153,16 +167,17 @@ METHODS: tuple[Method, ...] = (
 
 
 def sweep_methods() -> list[Method]:
-    """Return the methods of the sweep that are not among `METHODS`."""
+    """Return the methods of the sweeps that are not among `METHODS`."""
     return [
-        Method(
-            f"{PPT_LORA}, weight {weight:g}",
-            "ppt-lora",
-            {**OF_LORA, ANCHOR_WEIGHT: weight},
+        replace(
+            method,
+            name=f"{method.name}, weight {weight:g}",
+            settings={**method.settings, ANCHOR_WEIGHT: weight},
             anchor_weight=weight,
         )
-        for weight in SWEEP
-        if weight != LORA_ANCHOR_WEIGHT
+        for method in METHODS
+        for weight in SWEEPS.get(method.name, ())
+        if weight != method.anchor_weight
     ]
 
 

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.preservation_plan import APT
+from bench.preservation_plan import APT, PPT_DREAMBOOTH, PPT_LORA
 from bench.preservation_statistics import cells_of
 from bench.rows import Row
 
@@ -22,10 +22,12 @@ DRIFTS = {
 }
 LOGARITHMIC = ("class_noise", "other_noise")
 BASE = "base"
+# Of a sweep, the line through its points.
+LINES = {PPT_LORA: ("tab:green", "-"), PPT_DREAMBOOTH: ("tab:brown", "--")}
 
 
 def draw_trade(rows: Sequence[Row], path: Path) -> None:
-    """Draw subject fidelity against drift, the sweep as a line, and the time that each takes.
+    """Draw subject fidelity against drift, each sweep as a line, and the time that each takes.
 
     Points have the numbers of the methods beside the times: their names would cover one another.
     """
@@ -85,13 +87,14 @@ def _draw_points(axes: Axes, rows: Sequence[Row], drift: str) -> None:
     front = [points[at] for at in pareto_front(points)]
     if front:
         axes.step(*zip(*front, strict=True), where="post", color="0.8", linewidth=6, zorder=0)
-    sweep = sorted(
-        (row for row in tuned if row["anchor weight"] is not None),
-        key=lambda row: row["anchor weight"],
-    )
-    line = [(_mean(row, drift), _mean(row, FIDELITY)) for row in sweep]
-    if line:
-        axes.plot(*zip(*line, strict=True), color="tab:green", linewidth=1, label="anchor weight")
+    for swept, (color, dashes) in LINES.items():
+        sweep = sorted(
+            (row for row in tuned if row["sweep"] == swept), key=lambda row: row["anchor weight"]
+        )
+        line = [(_mean(row, drift), _mean(row, FIDELITY)) for row in sweep]
+        if line:
+            label = f"{swept}, by anchor weight"
+            axes.plot(*zip(*line, strict=True), dashes, color=color, linewidth=1, label=label)
     for index, (row, (x, y)) in enumerate(zip(tuned, points, strict=True)):
         color = _color(index)
         reach = {"xerr": _half(row, drift), "yerr": _half(row, FIDELITY)}

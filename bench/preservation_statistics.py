@@ -76,7 +76,8 @@ def summarise(cells: Sequence[Row], methods: Sequence[str]) -> list[Row]:
         mine = cells_of(cells, name)
         if not mine:
             continue
-        row: Row = {"method": name, "cells": len(mine), "anchor weight": mine[0]["anchor weight"]}
+        row: Row = {"method": name, "cells": len(mine)}
+        row |= {label: mine[0][label] for label in ("sweep", "anchor weight")}
         for table in ("numbers", "seconds"):
             row[table] = {
                 measure: _as_row(mean_over_subjects(mine, _reader(table, measure)))

@@ -83,25 +83,28 @@ def preservation_table(report: Row | None, machine: str) -> str:
 
 
 def _weight_lines(report: Row) -> list[str]:
-    """Return a line an anchor weight, and which of them is calibrated; none without a sweep."""
-    weight = report["calibrated anchor weight"]
-    if weight is None:
+    """Return a line an anchor weight, and which are calibrated; none without a sweep."""
+    weights = {
+        swept: weight
+        for swept, weight in report["calibrated anchor weights"].items()
+        if weight is not None
+    }
+    if not weights:
         return []
     lines = [
         "",
-        "| anchor weight of ppt-lora | of lora's gain in likeness, kept "
-        "| of its Frechet distance of other classes, taken away | harmonic mean |",
-        "|---|---|---|---|",
+        "| anchor weight of | | gain in likeness without an anchor, kept "
+        "| Frechet distance of other classes without one, taken away | harmonic mean |",
+        "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['weight']:g} | {row['kept']:.2f} | {row['taken']:.2f} | {row['balance']:.2f} |"
-        for row in report["anchor weights"]
+        f"| {swept} | {row['weight']:g} | {row['kept']:.2f} | {row['taken']:.2f} "
+        f"| {row['balance']:.2f} |"
+        for swept in weights
+        for row in report["anchor weights"][swept]
     ]
-    return [
-        *lines,
-        "",
-        f"The anchor weight that these numbers calibrate for mini-sdxl: {weight:g}.",
-    ]
+    told = ", ".join(f"{swept} {weight:g}" for swept, weight in weights.items())
+    return [*lines, "", f"The anchor weights that these numbers calibrate for mini-sdxl: {told}."]
 
 
 def following_table(report: Row | None, machine: str) -> str:

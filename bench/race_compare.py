@@ -16,7 +16,7 @@ WORSE, BETTER, WITHIN, UNTOLD = "worse", "better", "within the spread", "one rou
 FREE_SETTINGS = {"rounds", "sampling_rounds", "seed"}
 # Of the machine's description: what times depend on.
 MACHINE_KEYS = ("device", "cpu", "threads", "gpu", "driver", "cuda", "python", "torch", "triton")
-MACHINE_KEYS += ("diffusers",)
+MACHINE_KEYS += ("diffusers", "transformers", "peft")
 # Of numbers that did not change, how many are called worse by chance: by the rounds of each race,
 # of normally distributed rounds. It is less where the least change decides.
 CHANCE = {2: 0.108, 3: 0.030, 4: 0.006, 5: 0.002}

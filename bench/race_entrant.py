@@ -23,6 +23,7 @@ from bench.race_peer import run_peer
 from bench.race_plan import Job, make_config
 from bench.race_results import Round
 from bench.race_watch import Watch, make_round, peak_memory, watched
+from fastppt.garbage import without_what_there_is
 from fastppt.training.loop import train
 
 
@@ -39,7 +40,8 @@ def run_job(job: Job, start_s: float = 0.0) -> Round:
     watch = Watch(job.device, open_meter(job.device))
     noted, began = 0, time.perf_counter()
     if job.entrant.kind == "ours":
-        with watched(watch):
+        # As the command `fastppt train` does.
+        with watched(watch), without_what_there_is():
             result = train(make_config(job), Console(quiet=True))
         noted = max(result.peak_memory.values(), default=0)
     else:

@@ -74,7 +74,7 @@ def describe_machine(report: RaceReport) -> str:
     machine = report.machine
     gpu = machine.get("gpu")
     place = f"{gpu}, driver {machine.get('driver')}" if gpu else str(machine.get("cpu"))
-    names = ("python", "torch", "triton", "diffusers")
+    names = ("python", "torch", "triton", "diffusers", "transformers", "peft")
     versions = [f"{name} {machine[name]}" for name in names if machine.get(name)]
     engines = " and ".join(dict.fromkeys(e.engine for e in report.entrants if e.kind == "ours"))
     ours = [f"engine {engines}"] if engines else []

@@ -43,10 +43,11 @@ def _settings(report: RaceReport) -> Iterator[str]:
         f"steps; {settings.class_images} class images of {settings.sampler_steps} sampler steps, "
         f"guidance {settings.guidance_scale:g}; {settings.num_photos} photos, seed {settings.seed}"
     )
+    names = ("python", "torch", "triton", "diffusers", "transformers", "peft")
+    versions = ", ".join(f"{name} {machine.get(name)}" for name in names)
     yield (
-        f"{machine.get('gpu') or machine.get('cpu')}, {settings.threads} CPU thread(s); torch "
-        f"{machine.get('torch')}, triton {machine.get('triton')}, diffusers "
-        f"{machine.get('diffusers')}, Python {machine.get('python')}; {settings.rounds} round(s)"
+        f"{machine.get('gpu') or machine.get('cpu')}, {settings.threads} CPU thread(s); "
+        f"{versions}; {settings.rounds} round(s)"
     )
 
 

@@ -18,6 +18,7 @@ from fastppt.config_io import build_config, render_toml, stage_tables
 from fastppt.console import SafeConsole, SafeFormatter, printable, silence
 from fastppt.endings import interruptions, print_result
 from fastppt.faults import report, report_thread, user_errors
+from fastppt.garbage import without_what_there_is
 from fastppt.recipe_list import print_recipe, print_recipes
 from fastppt.sweep.command import sweep
 from fastppt.training.interrupt import (
@@ -133,7 +134,8 @@ def train(
             place.folder = run_folder.root
             stages = stage_tables(file=run_folder.config, settings=changes)
             changes = [*flags.stage_settings(given, stages), *changes]
-            resumed = resume_run(resume, changes, console)
+            with without_what_there_is():
+                resumed = resume_run(resume, changes, console)
             if resumed is not None:
                 print_result(resumed, console)
             return
@@ -144,7 +146,8 @@ def train(
         with ended_at_once(NOTHING_TRAINED):
             from fastppt.training.loop import train as train_run
 
-        result = train_run(config, console, overwrite=overwrite)
+        with without_what_there_is():
+            result = train_run(config, console, overwrite=overwrite)
         print_result(result, console)
 
 

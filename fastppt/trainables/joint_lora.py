@@ -64,8 +64,12 @@ class JointLora:
         self._places = _evenly_spaced(adapted)
         # Views once and for all: a view costs the host as much as a product.
         self._down, self._down_t = working_down, working_down.t()
-        self._up, self._up_t = working_up, working_up.mT
-        self._down_grad, self._up_grad = down.grad[None], up.grad
+        self._down_grad = down.grad
+        # One linear alone has no need of a third dimension: a batch of one product costs the host
+        # two views more a product, and more in itself.
+        self._is_alone = self.num_linears == 1
+        ups = (working_up, working_up.mT, up.grad)
+        self._up, self._up_t, self._up_grad = (up[0] for up in ups) if self._is_alone else ups
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """Return the n projections, each [..., O], in the inputs' dtype.
@@ -96,14 +100,19 @@ class JointLora:
         """Return y [M, n*O] and l [M, a*r] of rows [M, I]; no graph."""
         low_ranks = rows.mm(self._down_t)
         outputs = F.linear(rows, weight, bias)
-        self._adapted_blocks(outputs).baddbmm_(
-            _blocks(low_ranks, self.num_adapted), self._up_t, alpha=self.scale
-        )
+        if self._is_alone:
+            outputs.addmm_(low_ranks, self._up_t, alpha=self.scale)
+        else:
+            self._adapted_blocks(outputs).baddbmm_(
+                _blocks(low_ranks, self.num_adapted), self._up_t, alpha=self.scale
+            )
         return outputs, low_ranks
 
     def low_rank_gradients(self, grad: Tensor, low_ranks: Tensor) -> Tensor:
         """Return dl [M, a*r] of g [M, n*O] and l [M, a*r]."""
         low_rank_grads = torch.empty_like(low_ranks)
+        if self._is_alone:
+            return low_rank_grads.addmm_(grad, self._up, beta=0, alpha=self.scale)
         _blocks(low_rank_grads, self.num_adapted).baddbmm_(
             self._adapted_blocks(grad), self._up, beta=0, alpha=self.scale
         )
@@ -120,10 +129,10 @@ class JointLora:
             low_ranks: l [M, a*r].
             low_rank_grads: dl [M, a*r].
         """
-        grad_blocks = self._adapted_blocks(grad)
-        low_rank_blocks = _blocks(low_ranks, self.num_adapted)
-        add_product_(self._up_grad, grad_blocks.mT, low_rank_blocks, self.scale)
-        add_product_(self._down_grad, low_rank_grads.t()[None], rows[None], 1.0)
+        if not self._is_alone:
+            grad, low_ranks = self._adapted_blocks(grad), _blocks(low_ranks, self.num_adapted)
+        add_product_(self._up_grad, grad.mT, low_ranks, self.scale)
+        add_product_(self._down_grad, low_rank_grads.t(), rows, 1.0)
 
     def add_row_gradients_(self, row_grads: Tensor, low_rank_grads: Tensor) -> Tensor:
         """Add dl A to [M, I] gradients in place, and return these."""
@@ -180,20 +189,22 @@ def _evenly_spaced(flags: Sequence[bool]) -> slice:
 
 def _blocks(rows: Tensor, num_blocks: int) -> Tensor:
     """Return the column blocks of [M, n*O] rows, [n, M, O], as a view."""
-    if num_blocks == 1:
-        return rows[None]
     return rows.view(rows.shape[0], num_blocks, -1).transpose(0, 1)
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add ``scale * left @ right`` in place; [a, x, y], [a, x, z], [a, z, y].
+    """Add ``scale * left @ right`` in place; [x, y], [x, z], [z, y], or a of each.
 
     Rounds to ``total.dtype`` alone: products in 16 bits are summed in float32, and on a GPU added
     to a float32 total in the same launch. The CPU has no such product and rounds it first.
     """
     if left.dtype == total.dtype:
-        total.baddbmm_(left, right, alpha=scale)
+        add_ = total.addmm_ if total.dim() == 2 else total.baddbmm_
+        add_(left, right, alpha=scale)
     elif total.is_cuda:
+        total, left, right = (
+            each if each.dim() == 3 else each[None] for each in (total, left, right)
+        )
         torch.baddbmm(total, left, right, total.dtype, alpha=scale, out=total)
     else:
         total.add_(left @ right, alpha=scale)

@@ -186,7 +186,7 @@ class _LookUp(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         rows: _LearnedRows = ctx.rows
         stands = (places.flatten() == rows.numbers[:, None]).to(grad.dtype)
-        add_product_(rows.grad[None], stands[None], grad.flatten(0, -2)[None], 1.0)
+        add_product_(rows.grad, stands, grad.flatten(0, -2), 1.0)
         return None, None, None, None
 
 

@@ -1,6 +1,7 @@
 """AdamW with an anchor and a gradient clip in one step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastppt_kernels.anchored_adamw import Batch, Launcher, anchored_adamw_
 from fastppt_kernels.anchored_adamw.batch import wide_dtype
-from fastppt_kernels.lora_anchor_penalty.op import lora_anchor_penalty_
+from fastppt_kernels.lora_anchor_penalty.op import LoraAnchor
 from fastppt_kernels.lora_pairs import Pair
 from fastppt_kernels.optim_groups import (
     NUM_SEEDS,
@@ -257,7 +258,7 @@ class AnchoredAdamW(Optimizer):
                     continue
                 batch = self._gather(number, indices)
                 if group["form"] == "effective" and not is_off(group["anchor_weight"]):
-                    penalties += _pull_pairs_(group, indices, batch)
+                    penalties += self._pull_pairs_(number, indices, batch)
                 batches.append(batch)
             if batches:
                 take_step = sharded_step_ if has_shards(batches) else anchored_adamw_
@@ -313,6 +314,18 @@ class AnchoredAdamW(Optimizer):
             host_anchors=group["anchor_storage"] == "host",
             rounding_seed=(group["seed"] + number) % NUM_SEEDS if rounds else None,
         )
+
+    def _pull_pairs_(self, number: int, indices: Sequence[int], batch: Batch) -> list[Tensor]:
+        """Add the effective form's gradient to the batch's; return the penalty, if there is one."""
+        tensors = [*batch.params, *batch.grads, *(t for t in batch.anchors if t is not None)]
+        make = partial(_pair_up, self.param_groups[number], indices, batch)
+        pairs = self._launcher.recall(number, tensors, make)
+        if pairs is None:
+            return []
+        weight = batch.anchor_weight
+        if isinstance(weight, Tensor):
+            weight = weight.to(batch.params[0].device)
+        return [pairs.pull_(weight)]
 
     def _device(self) -> torch.device:
         every = (p for group in self.param_groups for p in group["params"])
@@ -376,8 +389,8 @@ class AnchoredAdamW(Optimizer):
         self.__dict__.setdefault("_launcher", Launcher())
 
 
-def _pull_pairs_(group: dict[str, Any], indices: Sequence[int], batch: Batch) -> list[Tensor]:
-    """Add the effective form's gradient to the batch's; return the penalty, if there is a pair."""
+def _pair_up(group: dict[str, Any], indices: Sequence[int], batch: Batch) -> LoraAnchor | None:
+    """Return the batch's pairs, to be pulled to their anchors; None where it has no pair."""
     params = dict(zip(indices, batch.params, strict=True))
     grads = dict(zip(indices, batch.grads, strict=True))
     given = zip(indices, batch.anchors, strict=True)
@@ -385,19 +398,16 @@ def _pull_pairs_(group: dict[str, Any], indices: Sequence[int], batch: Batch) ->
     pairs: list[Pair] = group["lora_pairs"]
     pairs = [pair for pair in pairs if pair.down.param in params and pair.up.param in params]
     if not pairs:
-        return []
+        return None
     # B0 A0 is zero where either is.
     anchored = [pair.down.param in anchors and pair.up.param in anchors for pair in pairs]
     both = list(zip(pairs, anchored, strict=True))
-    weight = batch.anchor_weight
-    penalty = lora_anchor_penalty_(
+    return LoraAnchor(
         [pair.down.of(params) for pair in pairs],
         [pair.up.of(params) for pair in pairs],
         [pair.scale for pair in pairs],
         [pair.down.of(grads) for pair in pairs],
         [pair.up.of(grads) for pair in pairs],
-        weight.to(batch.params[0].device) if isinstance(weight, Tensor) else weight,
         anchor_downs=[pair.down.of(anchors) if has else None for pair, has in both],
         anchor_ups=[pair.up.of(anchors) if has else None for pair, has in both],
     )
-    return [penalty]

@@ -24,11 +24,12 @@ from bench.preservation_plan import (
     APT_ADDED,
     APT_BASE,
     APT_TAKEN,
+    FULL_ANCHOR_WEIGHT,
     LORA,
     LORA_ANCHOR_WEIGHT,
     METHODS,
+    PPT_DREAMBOOTH,
     PPT_LORA,
-    SWEEP,
     Plan,
     quick,
     sweep_methods,
@@ -101,7 +102,8 @@ def test_a_cell_that_was_kept_by_other_numbers_is_measured_again_and_stays(tmp_p
 
 
 def test_a_weight_of_the_sweep_that_becomes_the_methods_own_is_not_measured_again(tmp_path):
-    (of_sweep,) = [method for method in sweep_methods() if method.anchor_weight == 0.1]
+    found = [method for method in sweep_methods() if method.sweep == PPT_LORA]
+    (of_sweep,) = [method for method in found if method.anchor_weight == 0.1]
     own = replace(of_sweep, name=PPT_LORA)
     cell_path(Cell(of_sweep, 0, 0), PLAN, tmp_path).write_text("{}")
     assert find_cell(Cell(own, 0, 0), PLAN, tmp_path)["method"] == PPT_LORA
@@ -183,14 +185,15 @@ def test_the_mini_model_is_of_the_family_whose_stages_are_taken():
     assert detect_family(ModelConfig(path="mini-sdxl")) == METHODS[0].family
 
 
-def test_the_weight_of_ppt_lora_is_the_one_that_the_committed_numbers_calibrate():
+def test_anchor_weights_are_those_that_the_committed_numbers_calibrate():
     newest = max((ROOT / "bench" / "results").glob("cpu-preservation-*.json"))
-    assert json.loads(newest.read_text())["calibrated anchor weight"] == LORA_ANCHOR_WEIGHT
+    weights = {PPT_LORA: LORA_ANCHOR_WEIGHT, PPT_DREAMBOOTH: FULL_ANCHOR_WEIGHT}
+    assert json.loads(newest.read_text())["calibrated anchor weights"] == weights
 
 
-def test_the_demo_holds_by_a_weight_of_the_sweep():
+def test_the_demo_holds_by_the_calibrated_weight():
     (given,) = re.findall(r"--anchor-weight (\S+)", (ROOT / "Makefile").read_text())
-    assert float(given) in SWEEP
+    assert float(given) == LORA_ANCHOR_WEIGHT
 
 
 @pytest.mark.slow

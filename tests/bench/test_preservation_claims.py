@@ -60,13 +60,14 @@ PLAIN = {
 }
 
 
-def made(method, *, weight=None, shift=0.0, indicator=None, seconds=0.0, **numbers):
+def made(method, *, sweep=None, weight=None, shift=0.0, indicator=None, seconds=0.0, **numbers):
     """Cells of a method on every subject and seed; they vary by subject, and a little by seed."""
     return [
         {
             "method": method,
             "subject": subject,
             "seed": seed,
+            "sweep": sweep,
             "anchor weight": weight,
             "numbers": {
                 name: value + 0.3 * subject + 0.01 * seed + shift
@@ -130,13 +131,13 @@ def test_a_claim_holds_where_all_its_parts_do():
     assert combine([]) == NOT_SHOWN
 
 
-def sweep(drifts, fidelities=(0.9, 0.88, 0.86, 0.7)):
-    """Cells of weights 0, 0.1, 1 and 10 with these drifts."""
+def sweep(drifts, fidelities=(0.9, 0.88, 0.86, 0.7), swept=PPT_LORA, unheld=LORA):
+    """Cells of weights 0, 0.1, 1 and 10 of a method with these drifts."""
     cells = []
     for weight, drift, fidelity in zip((0.0, 0.1, 1.0, 10.0), drifts, fidelities, strict=True):
         numbers = dict.fromkeys(("parameter_distance", "class_noise", "other_noise"), drift)
-        name = LORA if weight == 0 else f"{PPT_LORA}, weight {weight:g}"
-        cells += made(name, weight=weight, subject_fidelity=fidelity, **numbers)
+        name = unheld if weight == 0 else f"{swept}, weight {weight:g}"
+        cells += made(name, sweep=swept, weight=weight, subject_fidelity=fidelity, **numbers)
     return cells
 
 
@@ -146,26 +147,44 @@ def test_a_drift_that_falls_with_every_weight_is_monotone():
     assert [part["difference"] for part in row["parts"]] == pytest.approx([-1.0] * 9 + [-3.0] * 3)
     # From end to end stands beside it.
     assert [part["verdict"] for part in row["parts"]] == [HOLDS] * 9 + [None] * 3
-    assert row["beside"]["parameter_distance falls throughout"] == "6 of 6"
+    assert row["beside"][f"{PPT_LORA}, parameter_distance falls throughout"] == "6 of 6"
 
 
 def test_a_drift_that_rises_once_is_not_monotone():
     row = verdict(sweep((4.0, 3.0, 3.5, 1.0)), MONOTONE)
     assert row["verdict"] == FAILS
     assert [p["what"] for p in row["parts"] if p["verdict"] == FAILS] == [
-        f"{name}, weight 1 minus 0.1"
+        f"{PPT_LORA}, {name}, weight 1 minus 0.1"
         for name in ("parameter_distance", "class_noise", "other_noise")
     ]
-    assert row["beside"]["class_noise falls throughout"] == "0 of 6"
+    assert row["beside"][f"{PPT_LORA}, class_noise falls throughout"] == "0 of 6"
     assert verdict(sweep((4.0, 3.0, 3.0, 1.0)), MONOTONE)["verdict"] == NOT_SHOWN
+
+
+def test_the_sweeps_of_both_ways_of_training_are_held_to_the_claim():
+    falling, rising = (4.0, 3.0, 2.0, 1.0), (4.0, 3.0, 3.5, 1.0)
+
+    def both(lora, whole):
+        cells = sweep(whole, swept=PPT_DREAMBOOTH, unheld=DREAMBOOTH)
+        return verdict([*sweep(lora), *cells], MONOTONE)
+
+    row = both(falling, falling)
+    assert row["verdict"] == HOLDS and len(row["parts"]) == 2 * (9 + 3)
+    row = both(falling, rising)
+    assert row["verdict"] == FAILS
+    assert {p["what"].split(",")[0] for p in row["parts"] if p["verdict"] == FAILS} == {
+        PPT_DREAMBOOTH
+    }
+    assert row["beside"][f"{PPT_LORA}, other_noise falls throughout"] == "6 of 6"
+    assert row["beside"][f"{PPT_DREAMBOOTH}, other_noise falls throughout"] == "0 of 6"
 
 
 def others(ours, theirs):
     numbers = [{"other_noise": drift, "other_frechet": drift} for drift in (ours, theirs)]
     return [
-        *made(PPT_LORA, weight=0.01, **numbers[0]),
+        *made(PPT_LORA, sweep=PPT_LORA, weight=0.01, **numbers[0]),
         *made(LORA_PRIOR, seconds=7.0, **numbers[1]),
-        *made(PPT_DREAMBOOTH, **numbers[0]),
+        *made(PPT_DREAMBOOTH, sweep=PPT_DREAMBOOTH, weight=0.01, **numbers[0]),
         *made(DREAMBOOTH_PRIOR, seconds=9.0, **numbers[1]),
     ]
 
@@ -290,23 +309,25 @@ def weighed(drifts, fidelities):
 
 
 def test_a_weight_is_weighed_by_what_it_keeps_and_what_it_takes_away():
-    rows = weigh_sweep(weighed((4.0, 3.0, 2.0, 1.0), (0.9, 0.88, 0.86, 0.7)))
+    rows = weigh_sweep(weighed((4.0, 3.0, 2.0, 1.0), (0.9, 0.88, 0.86, 0.7)), PPT_LORA)
     assert [row["weight"] for row in rows] == [0.1, 1.0, 10.0]
     assert [row["kept"] for row in rows] == pytest.approx([0.96, 0.92, 0.6], abs=0.01)
     assert [row["taken"] for row in rows] == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
     assert [row["balance"] for row in rows] == pytest.approx([0.397, 0.648, 0.667], abs=0.01)
     falling = weighed((4.0, 5.0, 3.9, 1.0), (0.9, 0.88, 0.86, 0.3))
-    assert [row["balance"] > 0 for row in weigh_sweep(falling)] == [False, True, False]
+    assert [row["balance"] > 0 for row in weigh_sweep(falling, PPT_LORA)] == [False, True, False]
 
 
 def test_the_calibrated_weight_is_the_one_of_the_best_balance():
     drifts = (4.0, 3.0, 2.0, 1.0)
-    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.7))) == 10.0
-    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.5))) == 1.0
+    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.7)), PPT_LORA) == 10.0
+    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.5)), PPT_LORA) == 1.0
     # Nothing is taken away; LoRA gains nothing; there is no base.
-    assert calibrate(weighed((4.0, 5.0, 5.0, 5.0), (0.9, 0.88, 0.86, 0.7))) is None
-    assert calibrate(weighed(drifts, (0.3, 0.3, 0.3, 0.3))) is None
-    assert calibrate(sweep(drifts)) is None
+    assert calibrate(weighed((4.0, 5.0, 5.0, 5.0), (0.9, 0.88, 0.86, 0.7)), PPT_LORA) is None
+    assert calibrate(weighed(drifts, (0.3, 0.3, 0.3, 0.3)), PPT_LORA) is None
+    assert calibrate(sweep(drifts), PPT_LORA) is None
+    # Each sweep by its own cells.
+    assert calibrate(weighed(drifts, (0.9, 0.88, 0.86, 0.7)), PPT_DREAMBOOTH) is None
 
 
 def table_of(cells):
@@ -316,8 +337,10 @@ def table_of(cells):
 
 def test_the_table_says_what_each_weight_keeps_and_which_is_calibrated():
     table = table_of(weighed((4.0, 3.0, 2.0, 1.0), (0.9, 0.88, 0.86, 0.7)))
-    assert "| 0.1 | 0.96 | 0.25 | 0.40 |" in table and "| 10 | 0.60 | 0.75 | 0.67 |" in table
-    assert table.endswith("The anchor weight that these numbers calibrate for mini-sdxl: 10.")
+    assert f"| {PPT_LORA} | 0.1 | 0.96 | 0.25 | 0.40 |" in table
+    assert f"| {PPT_LORA} | 10 | 0.60 | 0.75 | 0.67 |" in table
+    told = f"The anchor weights that these numbers calibrate for mini-sdxl: {PPT_LORA} 10."
+    assert table.endswith(told)
     assert "calibrate" not in table_of(made("base"))
 
 

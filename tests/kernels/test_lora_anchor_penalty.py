@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastppt_kernels import lora_anchor_penalty_
+from fastppt_kernels.lora_anchor_penalty import plain
 from fastppt_kernels.lora_anchor_penalty.reference import lora_anchor_penalty_reference
 from fastppt_kernels.testing import (
     ForbidHostReads,
@@ -19,7 +20,7 @@ PAIRS = {
     "63": [(3, 63, 65, 2.0)],
     "rank over width": [(9, 4, 5, 1.0)],
     "many": [(4, 16, 8, 1.0), (1, 7, 63, 0.25), (4, 16, 8, 1.0), (4, 16, 8, 3.0), (4, 8, 16, 1.0)],
-    "over one batch": [(4, 640, 1280, 1.0)] * 9,
+    "over one batch": [(4, 640, 1280, 1.0)] * 20,
 }
 
 
@@ -143,18 +144,31 @@ def test_two_runs_are_equal_and_only_grads_are_written():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_autocast_and_matmul_precision_change_nothing():
+def test_autocast_changes_nothing():
     lists, others = (make(PAIRS["63"], torch.float32) for _ in range(2))
     plain = lora_anchor_penalty_(**lists)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = lora_anchor_penalty_(**others)
+    assert torch.equal(plain, other)
+    assert torch.equal(lists["up_grads"][0], others["up_grads"][0])
+
+
+def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch):
+    widths, lists = [], make(PAIRS["63"], torch.float32, zero_grads=True)
+    join = plain._join
+
+    def joining(tensors, dtype):
+        widths.append(dtype)
+        return join(tensors, dtype)
+
+    monkeypatch.setattr(plain, "_join", joining)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", torch.bfloat16):
-            other = lora_anchor_penalty_(**others)
+        check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert torch.equal(plain, other)
-    assert torch.equal(lists["up_grads"][0], others["up_grads"][0])
+    assert set(widths) == {torch.float64}
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, torch.tensor(WEIGHT)], ids=["float", "tensor"])

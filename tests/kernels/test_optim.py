@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from fastppt_kernels import AnchoredAdamW, lora_anchor_penalty_, optim, optim_groups
+from fastppt_kernels import AnchoredAdamW, optim_groups
 from fastppt_kernels.anchored_adamw import op, plain
+from fastppt_kernels.lora_anchor_penalty.op import LoraAnchor
 from fastppt_kernels.testing import (
     ForbidHostReads,
     draw_tensors,
@@ -945,9 +946,10 @@ def test_a_planted_fault_turns_the_skipped_step_red(monkeypatch, tmp_path, form,
 
 
 def effective_of(sign, factor):
-    def planted(downs, ups, scales, down_grads, up_grads, weight, **anchors):
-        given = (downs, ups, scales, down_grads, up_grads, sign * factor * weight)
-        return lora_anchor_penalty_(*given, **anchors) / (sign * factor)
+    pull_ = LoraAnchor.pull_
+
+    def planted(self, weight):
+        return pull_(self, sign * factor * weight) / (sign * factor)
 
     return planted
 
@@ -957,7 +959,7 @@ def effective_of(sign, factor):
 def test_a_planted_fault_in_the_effective_form_turns_the_oracle_test_red(
     monkeypatch, planted, dtype, tolerance
 ):
-    monkeypatch.setattr(optim, "lora_anchor_penalty_", planted)
+    monkeypatch.setattr(LoraAnchor, "pull_", planted)
     with pytest.raises(AssertionError):
         check_against_oracle("effective", dtype, tolerance)
 

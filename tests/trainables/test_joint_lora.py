@@ -297,7 +297,20 @@ def test_pass_has_no_operators_but_its_products(needs_grad: bool) -> None:
     with Operators() as backward:
         torch.autograd.backward(outputs, grads)
     to_inputs = ["mm", "addmm_"] if needs_grad else []
-    assert backward.names == ["cat", "baddbmm_", "baddbmm_", "baddbmm_", *to_inputs]
+    assert backward.names == ["cat", "baddbmm_", "baddbmm_", "addmm_", *to_inputs]
+
+
+def test_pass_of_one_linear_has_no_products_of_batches() -> None:
+    group = make_group(1)
+    adapt(group, [True])
+    inputs = draw(2, 7, INPUT).requires_grad_()
+    with Operators() as forward:
+        (output,) = group(inputs)
+    assert forward.names == ["mm", "addmm", "addmm_"]
+    grad = torch.ones_like(output)
+    with Operators() as backward:
+        output.backward(grad)
+    assert backward.names == ["addmm_", "addmm_", "addmm_", "mm", "addmm_"]
 
 
 def test_base_pass_has_the_product_of_the_base_alone() -> None:

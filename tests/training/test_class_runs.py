@@ -142,7 +142,7 @@ def test_a_signal_while_class_images_are_drawn_keeps_those_that_are_finished(
     assert "SIGINT: ended while class images were drawn; those that are finished are kept" in said
     assert not (tmp_path / "run").exists()
     assert len(list((tmp_path / "cache").rglob("*.png"))) == 2
-    _, said = run(make_config("lora", **drawn))
+    _, said = run(make_config("lora", **drawn, photos__resolution=None))
     assert "1 drawn, 2 reused" in said
 
 

@@ -146,8 +146,8 @@ def test_a_mistake_is_refused_as_the_run_would_refuse_it(make_config: MakeConfig
 
 def full_size_plan(name: FullModel, make_config: MakeConfig, **settings: Any) -> MemoryPlan:
     """The plan of a published model in full size, rank 32, batch 1, five photos, in bf16."""
-    size = {"stage.0.trainables.lora.rank": 32, "engine": "eager", "samples.enabled": True}
-    config = make_config(**size, **settings)
+    size = {"stage.0.trainables.lora.rank": 32, "photos.resolution": None}
+    config = make_config(**size, **settings, **{"engine": "eager", "samples.enabled": True})
     return plan_memory(config, build_full_size(name, "meta"))
 
 

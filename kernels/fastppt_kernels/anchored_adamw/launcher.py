@@ -1,19 +1,50 @@
-"""What a step keeps on the device from one to the next."""
+"""What a step keeps from one to the next."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastppt_kernels.anchored_adamw.staging import AnchorStream
+from fastppt_kernels.launch import addresses_of
+
+Made = TypeVar("Made")
 
 
 class Launcher:
-    """What an optimizer keeps on the device between steps, so that its addresses stay."""
+    """What an optimizer keeps between steps: on the device, so that its addresses stay."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._widened: dict[tuple[int, int], Tensor] = {}
         self._aligned: dict[tuple[int, int], Tensor] = {}
         self._streams: dict[tuple[torch.device, int], AnchorStream] = {}
+        self._made: dict[int, _Made] = {}
+
+    def recall(self, number: int, tensors: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+        """Return what ``make`` made of the tensors, at an earlier step if they are where they were.
+
+        It is kept from the second step on that has the same tensors, so that gradients that each
+        step makes anew are not held.
+
+        Args:
+            number: Of the group, what it is known by.
+            tensors: All that ``make`` makes views of.
+            make: Called where there is nothing to recall.
+        """
+        places = addresses_of(tensors)
+        last = self._made.get(number)
+        # At the address alone there may be a new tensor by now.
+        if last is None or last.places != places or any(map(_is_other, last.tensors, tensors)):
+            self._made[number] = _Made(places, [weakref.ref(tensor) for tensor in tensors])
+            return make()
+        if not last.is_kept:
+            last.is_kept, last.made = True, make()
+        made: Made = last.made
+        return made
 
     def widen(self, number: int, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the gradient contiguous and in ``dtype``: itself, or a copy in a kept buffer.
@@ -89,3 +120,17 @@ class Launcher:
         if key not in self._streams:
             self._streams[key] = AnchorStream(device, num_bytes)
         return self._streams[key]
+
+
+@dataclass
+class _Made:
+    """What was made of tensors at these places; kept or not."""
+
+    places: tuple[int, ...]
+    tensors: list[weakref.ref[Tensor]]
+    is_kept: bool = False
+    made: Any = None
+
+
+def _is_other(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
+    return reference() is not tensor

@@ -1,10 +1,6 @@
-"""The LoRA anchor penalty: checks, the choice of the path, and the PyTorch path.
+"""The LoRA anchor penalty: checks, and the choice of the path."""
 
-Shape suffixes: n pairs of one shape, r rank, i in, o out.
-"""
-
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +12,12 @@ from fastppt_kernels.checks import (
     check_shapes,
     check_tensors,
     check_weight,
-    compute_dtype,
 )
 from fastppt_kernels.launch import have_codes, use_triton
 from fastppt_kernels.lora_anchor_penalty.launch import kernel_configurations, launch_lora_anchor_
+from fastppt_kernels.lora_anchor_penalty.plain import PairBatch, gather_pairs, pull_pairs_
 
-__all__ = ["apply_lora_anchor_", "kernel_configurations", "lora_anchor_penalty_"]
+__all__ = ["LoraAnchor", "kernel_configurations", "lora_anchor_penalty_"]
 
 
 def lora_anchor_penalty_(
@@ -73,42 +69,77 @@ def lora_anchor_penalty_(
             one of ``down_grads`` and ``up_grads``, or only one anchor of a pair; a weight that is
             neither a float nor such a tensor.
 
-    Rounding: on the CPU, and where a tensor is float64, products and sums are taken in float64,
-        which no tf32 or autocast setting reaches, so that the result does not depend on them and
-        no global state is read or changed. The kernels take them in float32, without tf32, 512
-        columns at a time: within 5e-7 of the update (norms), at any drift. The gradient is
-        rounded to float32 (kept in float64 if any tensor given is float64) and added; a float16
-        or bfloat16 gradient is widened, added to and rounded once. Two runs are equal bit by bit.
+    Rounding: products and sums are taken in float32, whatever autocast says, or in float64 where a
+        tensor is float64. The kernels take no tf32, and 512 columns at a time; on the CPU they are
+        taken in float64 where ``torch.get_float32_matmul_precision()`` allows fewer bits. Within
+        5e-7 of the update (norms), at any drift. The gradient is rounded to float32 (kept in
+        float64 if any tensor given is float64) and added; a float16 or bfloat16 gradient is
+        widened, added to and rounded once. Two runs are equal bit by bit.
 
     Memory traffic: 4 reads or writes an element of A and B, 6 with an anchor (1 and 2 without
         grads): one pass for the Grams, which must be there before a product is added, and one for
         the gradients. The floor, factors kept in the cache between the passes, is 3 and 4. FLOPs:
         4 rank an element, 10 rank with an anchor. Scratch: see ``launch_lora_anchor_``; on the
-        CPU float64 copies of some pairs at a time.
+        CPU copies of some pairs at a time.
     """
-    no_anchors: list[None] = [None] * len(downs)
-    anchor_downs = no_anchors if anchor_downs is None else anchor_downs
-    anchor_ups = no_anchors if anchor_ups is None else anchor_ups
-    if (down_grads is None) != (up_grads is None):
-        given, missing = ("up", "down") if down_grads is None else ("down", "up")
-        raise ValueError(f"{missing}_grads: got None beside {given}_grads; pass both or neither")
-    of_downs: NamedLists = {"anchor_downs": anchor_downs}
-    of_ups: NamedLists = {"anchor_ups": anchor_ups}
-    if down_grads is not None and up_grads is not None:
-        of_downs["down_grads"] = down_grads
-        of_ups["up_grads"] = up_grads
-    lists: NamedLists = {"downs": downs, "ups": ups} | of_downs | of_ups
-    check_lengths({"downs": downs, "ups": ups, "scales": scales, **of_downs, **of_ups})
-    check_tensors(lists, holes=["anchor_downs", "anchor_ups"])
-    _check_pairs(downs, ups, anchor_downs, anchor_ups)
-    check_shapes("downs", downs, of_downs)
-    check_shapes("ups", ups, of_ups)
-    check_distinct("down_grads", down_grads)
-    check_distinct("up_grads", up_grads)
+    pairs = LoraAnchor(downs, ups, scales, down_grads, up_grads, anchor_downs, anchor_ups)
     check_weight(weight, downs)
-    return apply_lora_anchor_(
-        downs, ups, scales, down_grads, up_grads, weight, anchor_downs, anchor_ups
-    )
+    return pairs.pull_(weight)
+
+
+class LoraAnchor:
+    """The pairs of :func:`lora_anchor_penalty_`, checked once for as long as they stay in place.
+
+    Args:
+        downs: As there, and so the others.
+
+    Raises:
+        ValueError: as there.
+    """
+
+    def __init__(
+        self,
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        scales: Sequence[float],
+        down_grads: Sequence[Tensor] | None,
+        up_grads: Sequence[Tensor] | None,
+        anchor_downs: Sequence[Tensor | None] | None = None,
+        anchor_ups: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        no_anchors: list[None] = [None] * len(downs)
+        anchor_downs = no_anchors if anchor_downs is None else anchor_downs
+        anchor_ups = no_anchors if anchor_ups is None else anchor_ups
+        if (down_grads is None) != (up_grads is None):
+            given, missing = ("up", "down") if down_grads is None else ("down", "up")
+            raise ValueError(
+                f"{missing}_grads: got None beside {given}_grads; pass both or neither"
+            )
+        of_downs: NamedLists = {"anchor_downs": anchor_downs}
+        of_ups: NamedLists = {"anchor_ups": anchor_ups}
+        if down_grads is not None and up_grads is not None:
+            of_downs["down_grads"] = down_grads
+            of_ups["up_grads"] = up_grads
+        lists: NamedLists = {"downs": downs, "ups": ups} | of_downs | of_ups
+        check_lengths({"downs": downs, "ups": ups, "scales": scales, **of_downs, **of_ups})
+        check_tensors(lists, holes=["anchor_downs", "anchor_ups"])
+        _check_pairs(downs, ups, anchor_downs, anchor_ups)
+        check_shapes("downs", downs, of_downs)
+        check_shapes("ups", ups, of_ups)
+        check_distinct("down_grads", down_grads)
+        check_distinct("up_grads", up_grads)
+        self._tensors = (downs, ups, scales, down_grads, up_grads)
+        self._anchors = (anchor_downs, anchor_ups)
+        # None where kernels do the work.
+        self._batches: list[PairBatch] | None = None
+        if not (downs and use_triton(downs[0]) and all(map(have_codes, lists.values()))):
+            self._batches = gather_pairs(*self._tensors, *self._anchors)
+
+    def pull_(self, weight: float | Tensor) -> Tensor:
+        """Add the gradient of the values as they are now; return the penalty."""
+        if self._batches is None:
+            return launch_lora_anchor_(*self._tensors, weight, *self._anchors)
+        return pull_pairs_(self._batches, weight) if self._batches else torch.zeros(())
 
 
 def _check_pairs(
@@ -129,96 +160,3 @@ def _check_pairs(
                 f"pair {index}: {missing}[{index}] is None and the other anchor of the pair is "
                 "not; pass both, or None for both (dW0 = 0)"
             )
-
-
-def apply_lora_anchor_(
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    down_grads: Sequence[Tensor] | None,
-    up_grads: Sequence[Tensor] | None,
-    weight: float | Tensor,
-    anchor_downs: Sequence[Tensor | None],
-    anchor_ups: Sequence[Tensor | None],
-) -> Tensor:
-    """Do the work of :func:`lora_anchor_penalty_` without its checks."""
-    if not downs:
-        return torch.zeros(())
-    lists = (downs, ups, anchor_downs, anchor_ups, down_grads or (), up_grads or ())
-    if use_triton(downs[0]) and all(map(have_codes, lists)):
-        return launch_lora_anchor_(
-            downs, ups, scales, down_grads, up_grads, weight, anchor_downs, anchor_ups
-        )
-    dtype = compute_dtype(t for tensors in lists for t in tensors if t is not None)
-    squares = []
-    with torch.no_grad():
-        for indices in _batches(downs, ups, scales, anchor_downs):
-            scale = scales[indices[0]]
-            down_nri, up_nor = _stack(downs, indices), _stack(ups, indices)
-            has_anchor = anchor_downs[indices[0]] is not None
-            anchor_nri = _stack(anchor_downs, indices) if has_anchor else None
-            anchor_nor = _stack(anchor_ups, indices) if has_anchor else None
-            square, grams = _square_and_grams(down_nri, up_nor, anchor_nri, anchor_nor)
-            squares.append(scale**2 * square)
-            if down_grads is None or up_grads is None:
-                continue
-            # The factor goes into the small matrices, not into the gradients.
-            grams = [2 * scale**2 * weight * gram for gram in grams]
-            down_delta_nri = grams[0] @ down_nri
-            up_delta_nor = _difference(up_nor, anchor_nor) @ grams[1]
-            if anchor_nri is not None and anchor_nor is not None:
-                down_delta_nri.baddbmm_(grams[2], down_nri - anchor_nri)
-                up_delta_nor.baddbmm_(anchor_nor, grams[3])
-            torch._foreach_add_(
-                [grads[i] for grads in (down_grads, up_grads) for i in indices],
-                [*down_delta_nri.to(dtype).unbind(), *up_delta_nor.to(dtype).unbind()],
-            )
-        return (weight * torch.stack(squares).sum()).to(dtype)
-
-
-def _square_and_grams(
-    down_nri: Tensor, up_nor: Tensor, anchor_nri: Tensor | None, anchor_nor: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Return sum_n ||dW||^2 of scale 1, and the [n, r, r] matrices of its gradients.
-
-    In the words of :func:`lora_anchor_penalty_`: B^T X and A A^T, then with an anchor B^T B0 and
-    Y A^T.
-    """
-    x_nor = _difference(up_nor, anchor_nor)
-    grams = [up_nor.mT @ x_nor, down_nri @ down_nri.mT]
-    if anchor_nri is None or anchor_nor is None:
-        return (grams[0] * grams[1]).sum(), grams
-    y_nri = down_nri - anchor_nri
-    grams += [up_nor.mT @ anchor_nor, y_nri @ down_nri.mT]
-    square = (x_nor.mT @ x_nor) * grams[1]
-    square += 2 * (anchor_nor.mT @ x_nor) * grams[3]
-    square += (anchor_nor.mT @ anchor_nor) * (y_nri @ y_nri.mT)
-    return square.sum(), grams
-
-
-def _difference(value: Tensor, anchor: Tensor | None) -> Tensor:
-    return value if anchor is None else value - anchor
-
-
-def _stack(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> Tensor:
-    """Stack the tensors of ``indices``, which are there, in float64."""
-    return torch.stack([t for i in indices if (t := tensors[i]) is not None]).double()
-
-
-def _batches(
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    anchor_downs: Sequence[Tensor | None],
-) -> Iterator[list[int]]:
-    """Yield the indices of pairs of one shape and scale, as many as the cache holds at a time."""
-    # CPU: a megabyte of float64 copies at a time. Elsewhere: few launches.
-    size = 1 << 15 if downs[0].device.type == "cpu" else 1 << 23
-    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, (down, up, scale) in enumerate(zip(downs, ups, scales, strict=True)):
-        alike[down.shape, up.shape, scale, anchor_downs[index] is None].append(index)
-    for indices in alike.values():
-        num_elements = downs[indices[0]].numel() + ups[indices[0]].numel()
-        step = max(1, size // max(1, num_elements))
-        for start in range(0, len(indices), step):
-            yield indices[start : start + step]
