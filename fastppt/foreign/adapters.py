@@ -116,7 +116,8 @@ def forward_adapters(module: nn.Module) -> list[Any]:
     adapters = []
     forward = vars(module).get(_forward_slot(module))
     while (original := _original_forward(forward)) is not None:
-        adapters.append(getattr(forward, "__self__", None))
+        if _is_adapter(forward.__self__):
+            adapters.append(forward.__self__)
         forward = original
     return adapters
 
@@ -134,13 +135,22 @@ def _original_forward(forward: Any) -> Any:
     return next((original for original in originals if original is not None), None)
 
 
+def _is_adapter(owner: Any) -> bool:
+    """Say whether what put its `forward` on a module adds something of its own.
+
+    OneTrainer's checkpointing of blocks, by a module without parameters, does not.
+    """
+    return not isinstance(owner, nn.Module) or any(True for _ in owner.parameters())
+
+
 def _forward_switch(name: str, module: nn.Module) -> Switch | None:
     slot = _forward_slot(module)
     forward = vars(module).get(slot)
     if forward is None:
         return None
-    innermost = forward
+    innermost, owners = forward, []
     while (original := _original_forward(innermost)) is not None:
+        owners.append(innermost.__self__)
         innermost = original
     if not (_is_own(innermost, module) or _is_harmless(innermost, module)):
         raise ValueError(
@@ -148,7 +158,16 @@ def _forward_switch(name: str, module: nn.Module) -> Switch | None:
             "pass switch=, which returns a context manager that takes adapters out of the passes "
             "inside"
         )
-    return None if innermost is forward else Switch(vars(module), slot, innermost)
+    others = [owner for owner in owners if not _is_adapter(owner)]
+    if len(others) == len(owners):
+        return None
+    if others:
+        raise ValueError(
+            f"{name}: its forward is that of an adapter and that of a {type(others[0]).__name__}, "
+            "which a base pass would leave out; pass switch=, which returns a context manager that "
+            "takes adapters out of the passes inside"
+        )
+    return Switch(vars(module), slot, innermost)
 
 
 def _is_own(forward: Any, module: nn.Module) -> bool:

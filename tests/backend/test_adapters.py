@@ -108,6 +108,39 @@ def test_adapters_upon_adapters_are_left_out_together() -> None:
     assert_base(passes.network, passes, wanted)
 
 
+class Checkpoint(nn.Module):
+    """What puts a `forward` on a block and holds nothing, as OneTrainer's checkpointing does."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.orig_forward, self.calls = block.forward, 0
+        block.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.orig_forward(*args, **kwargs)
+
+
+def test_a_forward_that_adds_nothing_of_its_own_stays_in_a_base_pass() -> None:
+    passes = make_passes(dtype=torch.float32)
+    wanted = never_adapted(passes)
+    ADAPTERS["OneTrainer"](passes.network)
+    pairs = len(lora_pairs(passes.network))
+    block = Checkpoint(passes.network.mid_block)
+    assert_base(passes.network, passes, wanted)
+    assert block.calls > 0
+    assert len(lora_pairs(passes.network)) == pairs
+
+
+def test_an_adapter_below_a_forward_that_must_stay_is_refused() -> None:
+    network = make_passes(dtype=torch.float32).network
+    ADAPTERS["OneTrainer"](network)
+    name, layer = next(iter(linears_of(network).items()))
+    Checkpoint(layer)
+    with pytest.raises(ValueError, match=f"^{name}: .* that of a Checkpoint.*pass switch="):
+        attach(network)
+
+
 @pytest.mark.parametrize("hook_first", [True, False])
 def test_hooks_of_accelerate_around_a_layer_are_no_adapters(hook_first: bool) -> None:
     passes = make_passes(dtype=torch.float32)

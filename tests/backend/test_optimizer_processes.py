@@ -13,7 +13,6 @@ from fastppt_kernels import AnchoredAdamW
 from fastppt_kernels.testing import worst_error
 from tests.backend.optimizer_processes import OPTIONS, Network, make_inputs, run_all, run_whole
 
-
 # Seconds, of which the processes take about ten.
 LONGEST = 200
 
