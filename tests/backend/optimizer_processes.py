@@ -173,7 +173,13 @@ def run_accelerate_resumed(part, folder):
 def run_all(rank: int, folder: str) -> None:
     """Be one of the two processes."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    # accelerate reads these, though the processes have met when it does.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     # They meet at a file: a port could be another's by then. Who waits in vain is to fail.
     dist.init_process_group(
         "gloo",
