@@ -28,7 +28,7 @@ from fastppt.training.loop import train
 from fastppt.training.run import RunResult
 
 # One of each objective; recipes of several stages are slow.
-FAST = {("lora-prior", "sd"), ("ppt-dreambooth", "sd"), ("dco", "sdxl"), ("apt", "sd")}
+FAST = {("ppt-dreambooth", "sd"), ("apt", "sd")}
 EVERY = [
     pytest.param(recipe, family, marks=() if (recipe, family) in FAST else pytest.mark.slow)
     for recipe in RECIPES

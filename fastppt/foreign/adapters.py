@@ -114,7 +114,7 @@ def own_projections(module: nn.Module) -> tuple[Projections, ...]:
 def forward_adapters(module: nn.Module) -> list[Any]:
     """Return the adapters that put their `forward` on a layer, the outermost first."""
     adapters = []
-    forward = vars(module).get(_forward_slot(module))
+    forward: Any = vars(module).get(_forward_slot(module))
     while (original := _original_forward(forward)) is not None:
         if _is_adapter(forward.__self__):
             adapters.append(forward.__self__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,6 @@ from fastppt.outputs.lora_files import DIFFUSERS_FILE
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RunExample = Callable[..., Path]
 NAMES = ("bare_loop.py", "accelerate_loop.py", "peft_loop.py")
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """Accelerators of one process share what the first one was told."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -4,21 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
 
 from fastppt_kernels import AnchoredAdamW
 from fastppt_kernels.testing import worst_error
 
 OPTIONS = {"lr": 1e-2, "anchor_weight": 0.5, "max_grad_norm": 0.3}
 NUM_STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    """Accelerate keeps one state for a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def make_network(dtype=torch.float64):

@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer, TrainingArguments
 
 from fastppt_kernels import AnchoredAdamW
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.01, "anchor_weight": 0.5, "max_grad_norm": 0.3}
 NUM_STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class Network(torch.nn.Module):
@@ -83,7 +75,7 @@ def train_plainly(trainer, groups, net):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("way", ["object", "class"])
+@pytest.mark.parametrize("way", ["object", pytest.param("class", marks=pytest.mark.slow)])
 def test_the_trainer_steps_as_a_plain_loop_and_resumes_to_the_same_bits(way, tmp_path):
     net, trainer = make_trainer(tmp_path, way)
     trainer.train()

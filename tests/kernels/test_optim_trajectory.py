@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -144,6 +145,7 @@ def test_two_hundred_float64_steps_are_adamw_clip_and_autograd_penalty(network):
     assert overall_error(given, wanted) <= 1e-9
 
 
+@pytest.mark.slow
 @no_deadline
 @given(networks())
 def test_two_hundred_float32_steps_differ_by_what_an_order_of_summation_does(network):

@@ -15,7 +15,6 @@ from bench.networks import FullModel
 from fastppt.config import RunConfig
 from fastppt.errors import UserError
 from fastppt.families.loading import load_family, outline_family
-from fastppt.families.names import MINI_MODELS
 from fastppt.training.build import build_trainables
 from fastppt.training.class_images import find_class_images
 from fastppt.training.live_bytes import LiveBytes
@@ -31,6 +30,7 @@ from tests.training.memory_steps import (
     build_full_size,
     prepared,
 )
+from tests.training.objective_steps import ONE_FAST
 from tests.training.weight_steps import APT as WEIGHTS_APT
 from tests.training.weight_steps import weights_config
 
@@ -44,7 +44,7 @@ def planned(config: RunConfig, dtype: torch.dtype = torch.float32) -> MemoryPlan
     return plan_memory(config.model_copy(update={"engine": "eager"}), family)
 
 
-@pytest.mark.parametrize("model", MINI_MODELS)
+@pytest.mark.parametrize("model", ONE_FAST)
 @pytest.mark.parametrize(
     ("objectives", "checkpointing"),
     [({}, False), (APT, False), (APT, True)],
