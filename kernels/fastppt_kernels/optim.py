@@ -275,6 +275,12 @@ class AnchoredAdamW(Optimizer):
                 self.skipped = torch.zeros((), dtype=torch.bool, device=self._device())
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or fill them with zeros, as ``torch.optim.Optimizer`` does."""
+        if set_to_none:
+            self._launcher.forget()
+        super().zero_grad(set_to_none)
+
     def _gather(self, number: int, indices: Sequence[int]) -> Batch:
         """Return the parameters of ``indices`` of the group, with what a step needs of them."""
         group = self.param_groups[number]
@@ -408,6 +414,6 @@ def _pair_up(group: dict[str, Any], indices: Sequence[int], batch: Batch) -> Lor
         [pair.scale for pair in pairs],
         [pair.down.of(grads) for pair in pairs],
         [pair.up.of(grads) for pair in pairs],
-        anchor_downs=[pair.down.of(anchors) if has else None for pair, has in both],
-        anchor_ups=[pair.up.of(anchors) if has else None for pair, has in both],
+        [pair.down.of(anchors) if has else None for pair, has in both],
+        [pair.up.of(anchors) if has else None for pair, has in both],
     )

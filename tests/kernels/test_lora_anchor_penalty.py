@@ -79,6 +79,20 @@ def test_float32_is_right_to_its_rounding_at_any_drift(drift):
     check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
 
 
+@pytest.mark.parametrize("pair", [(4, 640, 640, 1.0), (4, 1280, 10240, 1.0)])
+def test_long_sums_are_right_to_the_rounding_of_short_ones(pair):
+    lists = make([pair], torch.float32, 1e-2, zero_grads=True)
+    check_against_reference(lora_anchor_penalty_, lists, tolerance=5e-7)
+
+
+@pytest.mark.parametrize("name", ["downs", "ups", "anchor_downs", "anchor_ups", "up_grads"])
+def test_one_tensor_in_float64_makes_the_penalty_float64(name):
+    lists = make(PAIRS["seven"], torch.float32, 0.1)
+    assert lora_anchor_penalty_(**lists).dtype == torch.float32
+    lists[name] = [tensor.double() for tensor in lists[name]]
+    assert lora_anchor_penalty_(**lists).dtype == torch.float64
+
+
 def test_penalty_vanishes_at_the_anchor():
     lists = make(PAIRS["many"], torch.float32, drift=0.0)
     before = [g.clone() for g in lists["down_grads"] + lists["up_grads"]]
@@ -153,7 +167,19 @@ def test_autocast_changes_nothing():
     assert torch.equal(lists["up_grads"][0], others["up_grads"][0])
 
 
-def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch):
+def allow_fewer_bits_of_old(monkeypatch):
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    return lambda: torch.set_float32_matmul_precision(precision)
+
+
+def allow_fewer_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    return lambda: None
+
+
+@pytest.mark.parametrize("allow", [allow_fewer_bits_of_old, allow_fewer_bits])
+def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch, allow):
     widths, lists = [], make(PAIRS["63"], torch.float32, zero_grads=True)
     join = plain._join
 
@@ -162,12 +188,11 @@ def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch):
         return join(tensors, dtype)
 
     monkeypatch.setattr(plain, "_join", joining)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    restore = allow(monkeypatch)
     try:
         check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
     finally:
-        torch.set_float32_matmul_precision(precision)
+        restore()
     assert set(widths) == {torch.float64}
 
 

@@ -90,6 +90,21 @@ def test_gradients_that_are_made_anew_are_not_held():
         assert [each() for each in alive] == [None, None]
 
 
+def test_gradients_that_were_kept_are_let_go_with_the_others():
+    pair = make_pair()
+    optimizer = make_optimizer(pair)
+    arrays = [np.zeros(param.shape) for param in pair]
+    for param, array in zip(pair, arrays, strict=True):
+        param.grad = torch.from_numpy(array)
+    alive = [weakref.ref(array) for array in arrays]
+    del arrays, array
+    for _ in range(3):
+        optimizer.step()
+    assert all(each() is not None for each in alive)
+    optimizer.zero_grad()
+    assert [each() for each in alive] == [None, None]
+
+
 def test_a_step_that_recalls_is_the_step_that_does_not():
     kept, anew = make_pair(), make_pair()
     first, second = make_optimizer(kept), make_optimizer(anew)

@@ -46,6 +46,10 @@ class Launcher:
         made: Made = last.made
         return made
 
+    def forget(self) -> None:
+        """Let go of what was made of tensors, and so of their memory."""
+        self._made.clear()
+
     def widen(self, number: int, index: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the gradient contiguous and in ``dtype``: itself, or a copy in a kept buffer.
 

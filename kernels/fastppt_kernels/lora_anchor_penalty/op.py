@@ -70,11 +70,11 @@ def lora_anchor_penalty_(
             neither a float nor such a tensor.
 
     Rounding: products and sums are taken in float32, whatever autocast says, or in float64 where a
-        tensor is float64. The kernels take no tf32, and 512 columns at a time; on the CPU they are
-        taken in float64 where ``torch.get_float32_matmul_precision()`` allows fewer bits. Within
-        5e-7 of the update (norms), at any drift. The gradient is rounded to float32 (kept in
-        float64 if any tensor given is float64) and added; a float16 or bfloat16 gradient is
-        widened, added to and rounded once. Two runs are equal bit by bit.
+        tensor is float64; long sums in pieces, of 512 columns in the kernels, which take no tf32,
+        and of 256 on the CPU. There, where PyTorch is allowed fewer bits for float32 products, they
+        are taken in float64. Within 5e-7 of the update (norms), at any drift. The gradient is
+        rounded to float32 (kept in float64 if any tensor given is float64) and added; a float16 or
+        bfloat16 gradient is widened, added to and rounded once. Two runs are equal bit by bit.
 
     Memory traffic: 4 reads or writes an element of A and B, 6 with an anchor (1 and 2 without
         grads): one pass for the Grams, which must be there before a product is added, and one for
@@ -82,19 +82,37 @@ def lora_anchor_penalty_(
         4 rank an element, 10 rank with an anchor. Scratch: see ``launch_lora_anchor_``; on the
         CPU copies of some pairs at a time.
     """
-    pairs = LoraAnchor(downs, ups, scales, down_grads, up_grads, anchor_downs, anchor_ups)
+    no_anchors: list[None] = [None] * len(downs)
+    anchor_downs = no_anchors if anchor_downs is None else anchor_downs
+    anchor_ups = no_anchors if anchor_ups is None else anchor_ups
+    if (down_grads is None) != (up_grads is None):
+        given, missing = ("up", "down") if down_grads is None else ("down", "up")
+        raise ValueError(f"{missing}_grads: got None beside {given}_grads; pass both or neither")
+    of_downs: NamedLists = {"anchor_downs": anchor_downs}
+    of_ups: NamedLists = {"anchor_ups": anchor_ups}
+    if down_grads is not None and up_grads is not None:
+        of_downs["down_grads"] = down_grads
+        of_ups["up_grads"] = up_grads
+    lists: NamedLists = {"downs": downs, "ups": ups} | of_downs | of_ups
+    check_lengths({"downs": downs, "ups": ups, "scales": scales, **of_downs, **of_ups})
+    check_tensors(lists, holes=["anchor_downs", "anchor_ups"])
+    _check_pairs(downs, ups, anchor_downs, anchor_ups)
+    check_shapes("downs", downs, of_downs)
+    check_shapes("ups", ups, of_ups)
+    check_distinct("down_grads", down_grads)
+    check_distinct("up_grads", up_grads)
     check_weight(weight, downs)
+    pairs = LoraAnchor(downs, ups, scales, down_grads, up_grads, anchor_downs, anchor_ups)
     return pairs.pull_(weight)
 
 
 class LoraAnchor:
-    """The pairs of :func:`lora_anchor_penalty_`, checked once for as long as they stay in place.
+    """The pairs of :func:`lora_anchor_penalty_`, gathered once for as long as they stay in place.
+
+    Nothing is checked here.
 
     Args:
         downs: As there, and so the others.
-
-    Raises:
-        ValueError: as there.
     """
 
     def __init__(
@@ -104,35 +122,15 @@ class LoraAnchor:
         scales: Sequence[float],
         down_grads: Sequence[Tensor] | None,
         up_grads: Sequence[Tensor] | None,
-        anchor_downs: Sequence[Tensor | None] | None = None,
-        anchor_ups: Sequence[Tensor | None] | None = None,
+        anchor_downs: Sequence[Tensor | None],
+        anchor_ups: Sequence[Tensor | None],
     ) -> None:
-        no_anchors: list[None] = [None] * len(downs)
-        anchor_downs = no_anchors if anchor_downs is None else anchor_downs
-        anchor_ups = no_anchors if anchor_ups is None else anchor_ups
-        if (down_grads is None) != (up_grads is None):
-            given, missing = ("up", "down") if down_grads is None else ("down", "up")
-            raise ValueError(
-                f"{missing}_grads: got None beside {given}_grads; pass both or neither"
-            )
-        of_downs: NamedLists = {"anchor_downs": anchor_downs}
-        of_ups: NamedLists = {"anchor_ups": anchor_ups}
-        if down_grads is not None and up_grads is not None:
-            of_downs["down_grads"] = down_grads
-            of_ups["up_grads"] = up_grads
-        lists: NamedLists = {"downs": downs, "ups": ups} | of_downs | of_ups
-        check_lengths({"downs": downs, "ups": ups, "scales": scales, **of_downs, **of_ups})
-        check_tensors(lists, holes=["anchor_downs", "anchor_ups"])
-        _check_pairs(downs, ups, anchor_downs, anchor_ups)
-        check_shapes("downs", downs, of_downs)
-        check_shapes("ups", ups, of_ups)
-        check_distinct("down_grads", down_grads)
-        check_distinct("up_grads", up_grads)
         self._tensors = (downs, ups, scales, down_grads, up_grads)
         self._anchors = (anchor_downs, anchor_ups)
+        lists = (downs, ups, anchor_downs, anchor_ups, down_grads or (), up_grads or ())
         # None where kernels do the work.
         self._batches: list[PairBatch] | None = None
-        if not (downs and use_triton(downs[0]) and all(map(have_codes, lists.values()))):
+        if not (downs and use_triton(downs[0]) and all(map(have_codes, lists))):
             self._batches = gather_pairs(*self._tensors, *self._anchors)
 
     def pull_(self, weight: float | Tensor) -> Tensor:

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from fastppt_kernels.checks import compute_dtype
 
+# Rows of a product that are summed in float32.
+GRAM_ROWS = 256
+# What PyTorch calls products that are taken as they are; "none" where nobody has said anything.
+EXACT = ("none", "ieee")
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -69,11 +74,12 @@ def pull_pairs_(batches: Sequence[PairBatch], weight: float | Tensor) -> Tensor:
     lists = [
         tensors
         for each in batches
-        for tensors in (each.downs, each.ups, each.anchor_downs, each.down_grads, each.up_grads)
+        for tensors in (each.downs, each.ups, each.anchor_downs, each.anchor_ups)
     ]
+    lists += [tensors for each in batches for tensors in (each.down_grads, each.up_grads)]
     dtype = compute_dtype(tensor for tensors in lists for tensor in tensors)
     # Where PyTorch may take float32 products in fewer bits, they are taken in float64.
-    is_exact = torch.get_float32_matmul_precision() == "highest"
+    is_exact = torch.backends.mkldnn.matmul.fp32_precision in EXACT
     wide = dtype if is_exact else torch.float64
     squares = []
     with torch.no_grad(), torch.autocast(batches[0].downs[0].device.type, enabled=False):
@@ -109,15 +115,27 @@ def _square_and_grams(
     Y A^T.
     """
     x_nor = _difference(up_nor, anchor_nor)
-    grams = [up_nor.mT @ x_nor, down_nri @ down_nri.mT]
+    down_nir = down_nri.mT
+    grams = [_gram(up_nor, x_nor), _gram(down_nir, down_nir)]
     if anchor_nri is None or anchor_nor is None:
         return (grams[0] * grams[1]).sum(), grams
-    y_nri = down_nri - anchor_nri
-    grams += [up_nor.mT @ anchor_nor, y_nri @ down_nri.mT]
-    square = (x_nor.mT @ x_nor) * grams[1]
-    square += 2 * (anchor_nor.mT @ x_nor) * grams[3]
-    square += (anchor_nor.mT @ anchor_nor) * (y_nri @ y_nri.mT)
+    y_nir = down_nir - anchor_nri.mT
+    grams += [_gram(up_nor, anchor_nor), _gram(y_nir, down_nir)]
+    square = _gram(x_nor, x_nor) * grams[1]
+    square += 2 * _gram(anchor_nor, x_nor) * grams[3]
+    square += _gram(anchor_nor, anchor_nor) * _gram(y_nir, y_nir)
     return square.sum(), grams
+
+
+def _gram(left_nkr: Tensor, right_nkr: Tensor) -> Tensor:
+    """Return left^T right, [n, r, r], summed over so many rows at a time in float32.
+
+    Long sums of both signs cancel: in one go that of 10,240 rows is wrong by 2e-6.
+    """
+    if left_nkr.dtype == torch.float64 or left_nkr.shape[1] <= GRAM_ROWS:
+        return left_nkr.mT @ right_nkr
+    parts = zip(left_nkr.split(GRAM_ROWS, 1), right_nkr.split(GRAM_ROWS, 1), strict=True)
+    return torch.stack([left.mT @ right for left, right in parts]).double().sum(0).float()
 
 
 def _difference(value: Tensor, anchor: Tensor | None) -> Tensor:
