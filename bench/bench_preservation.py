@@ -116,7 +116,7 @@ def make_report(cells: Sequence[Row], plan: Plan, methods: Sequence[Method]) -> 
 
 
 def choose_methods(names: Sequence[str] | None, with_sweep: bool) -> list[Method]:
-    """Return the methods of these names, all where there are none, and those of the sweeps.
+    """Return the methods of these names, all where there are none, and those of their sweeps.
 
     Raises:
         SystemExit: there is no method of a name.
@@ -126,7 +126,8 @@ def choose_methods(names: Sequence[str] | None, with_sweep: bool) -> list[Method
         if name not in known:
             raise SystemExit(f"--recipes: there is no {name!r}; there are {', '.join(known)}")
     chosen = [known[name] for name in names] if names else list(METHODS)
-    return [*chosen, *(sweep_methods() if with_sweep else [])]
+    swept = {method.name for method in chosen} if with_sweep else set()
+    return [*chosen, *(method for method in sweep_methods() if method.sweep in swept)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -117,6 +117,8 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     drawing = [row["seconds"]["class images"]["mean"] for row in tuned]
     axes.barh(names, training, color="tab:blue", label="training")
     axes.barh(names, drawing, left=training, color="tab:orange", label="class images")
+    cpu = [row["seconds"]["CPU of training and class images"]["mean"] for row in tuned]
+    axes.plot(cpu, names, "k|", markersize=10, label="CPU time of both")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=9)
     for index, label in enumerate(axes.get_yticklabels()):

@@ -44,7 +44,7 @@ def _settings(report: RaceReport) -> Iterator[str]:
         f"guidance {settings.guidance_scale:g}; {settings.num_photos} photos, seed {settings.seed}"
     )
     names = ("python", "torch", "triton", "diffusers", "transformers", "peft")
-    versions = ", ".join(f"{name} {machine.get(name)}" for name in names)
+    versions = ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name))
     yield (
         f"{machine.get('gpu') or machine.get('cpu')}, {settings.threads} CPU thread(s); "
         f"{versions}; {settings.rounds} round(s)"

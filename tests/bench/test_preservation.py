@@ -177,6 +177,10 @@ def test_a_method_that_is_not_there_is_refused_by_name():
     with pytest.raises(SystemExit, match="no 'lorra'"):
         bench_preservation.choose_methods(["lora", "lorra"], with_sweep=False)
     assert [m.name for m in bench_preservation.choose_methods(["apt"], with_sweep=False)] == ["apt"]
+    assert [m.name for m in bench_preservation.choose_methods(["apt"], with_sweep=True)] == ["apt"]
+    chosen = bench_preservation.choose_methods([PPT_LORA], with_sweep=True)
+    assert {method.anchor_weight for method in chosen} == set(SWEEPS[PPT_LORA])
+    assert {method.sweep for method in chosen} == {PPT_LORA}
 
 
 def test_the_mini_model_is_of_the_family_whose_stages_are_taken():

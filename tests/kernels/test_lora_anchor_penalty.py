@@ -167,18 +167,23 @@ def test_autocast_changes_nothing():
     assert torch.equal(lists["up_grads"][0], others["up_grads"][0])
 
 
-def allow_fewer_bits_of_old(monkeypatch):
+def allow_fewer_bits_as_before():
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     return lambda: torch.set_float32_matmul_precision(precision)
 
 
-def allow_fewer_bits(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    return lambda: None
+def allow_fewer_bits():
+    matmul = torch.backends.mkldnn.matmul
+    precision, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+
+    def restore():
+        matmul.fp32_precision = precision
+
+    return restore
 
 
-@pytest.mark.parametrize("allow", [allow_fewer_bits_of_old, allow_fewer_bits])
+@pytest.mark.parametrize("allow", [allow_fewer_bits_as_before, allow_fewer_bits])
 def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch, allow):
     widths, lists = [], make(PAIRS["63"], torch.float32, zero_grads=True)
     join = plain._join
@@ -188,7 +193,7 @@ def test_products_that_may_be_of_fewer_bits_are_not(monkeypatch, allow):
         return join(tensors, dtype)
 
     monkeypatch.setattr(plain, "_join", joining)
-    restore = allow(monkeypatch)
+    restore = allow()
     try:
         check_against_reference(lora_anchor_penalty_, lists, tolerance=2e-7)
     finally:
