@@ -1,5 +1,6 @@
 """Train a LoRA that is held to the base model, in a loop of accelerate.
 
+    pip install . "peft>=0.21"
     accelerate launch examples/accelerate_loop.py --output lora
 
 Gradient accumulation, mixed precision and several processes are accelerate's. "fastppt:" marks
@@ -73,8 +74,8 @@ def main() -> None:
     unet = pipe.unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets))
-    # fastppt: was torch.optim.AdamW, and accelerator.clip_grad_norm_ in the loop. The model is
-    # where it trains already, and the anchor is what the LoRA is now.
+    # fastppt: was torch.optim.AdamW, and accelerator.clip_grad_norm_ in the loop. The anchor is
+    # what the LoRA adds now: nothing on all processes, as ups are 0. Else say anchor="first_step".
     params = [param for param in unet.parameters() if param.requires_grad]
     optimizer = AnchoredAdamW(
         [{"params": params, "lora_pairs": lora_pairs(unet)}],

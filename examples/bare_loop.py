@@ -1,5 +1,6 @@
 """Train a LoRA that is held to the base model, in a loop of torch and diffusers alone.
 
+    pip install . "peft>=0.21"
     python examples/bare_loop.py --output lora
 
 Two statements differ from the same loop with AdamW; "fastppt:" marks them. The model and the photos

@@ -1,5 +1,6 @@
 """Train a LoRA of peft by Adaptive Personalized Training, in a loop of one's own.
 
+    pip install . "peft>=0.21"
     python examples/peft_loop.py --output lora
 
 Each step asks the base with the class prompt and the tuned network with the subject prompt.

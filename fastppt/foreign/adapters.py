@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain, repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -77,18 +79,82 @@ def base_pass_of(
     return partial(switched_off, switches)
 
 
+class BasePasses:
+    """Makes base passes of a network whose adapters may change between them.
+
+    The search of `base_pass_of` walks over all modules, some hundred milliseconds for SDXL with
+    adapters; so it is done again only after something that it looks at was exchanged.
+
+    Args:
+        network: As of `base_pass_of`.
+        base_weights: Likewise.
+
+    Raises:
+        ValueError: as `base_pass_of`; so does a call.
+    """
+
+    def __init__(self, network: nn.Module, base_weights: Mapping[str, Tensor] | None) -> None:
+        self._network, self._base_weights = network, base_weights
+        # At the first pass again: what moves, casts or freezes a network comes in between.
+        base_pass_of(network, base_weights)
+        self._found: Found | None = None
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Return what takes the adapters out of the passes inside, those added since included."""
+        if self._found is None or not self._found.is_as_it_was():
+            self._found = None
+            base_pass = base_pass_of(self._network, self._base_weights)
+            self._found = Found(self._network, base_pass)
+        return self._found.base_pass()
+
+
+class Found:
+    """A search's result, and what of the network it depends on.
+
+    Modules are not walked over to see whether that changed: as long as all that were there have
+    the children they had, there are no others.
+    """
+
+    def __init__(
+        self, network: nn.Module, base_pass: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.base_pass = base_pass
+        modules = [*network.modules()]
+        self._children = [module._modules for module in modules]
+        self._entries = [vars(module) for module in modules]
+        self._groups = [vars(group) for module in modules for group in own_projections(module)]
+        self._before = self._look()
+
+    def is_as_it_was(self) -> bool:
+        """Say whether a search would find the same."""
+        now = self._look()
+        return len(now) == len(self._before) and all(map(is_, now, self._before))
+
+    def _look(self) -> list[Any]:
+        merged = map(dict.get, self._entries, repeat("merged_adapters"))
+        return [
+            *chain.from_iterable(map(dict.values, self._children)),
+            *map(dict.get, self._entries, repeat("forward")),
+            *map(dict.get, self._entries, repeat("_old_forward")),
+            *map(dict.get, self._entries, repeat("processor")),
+            *map(dict.get, self._groups, repeat("adapter")),
+            *map(bool, merged),
+        ]
+
+
 def find_switches(network: nn.Module) -> list[Switch]:
     """Return what takes all adapters out of a base pass; empty where there are none.
 
     Raises:
-        ValueError: an adapter is merged into its layer, or a layer's `forward` is someone's who is
-            not known here.
+        ValueError: an adapter is merged into its layer, has no flag of its own to be switched off
+            by, or a layer's `forward` is someone's who is not known here.
     """
     switches: list[Switch] = []
     seen: set[int] = set()
     for name, module in network.named_modules():
         if is_peft_layer(module):
             _refuse_merged(name, module)
+            _refuse_flagless(name, module)
             switches.append(Switch(vars(module), "_disable_adapters", True))
         forward = _forward_switch(name, module)
         if forward is not None:
@@ -191,6 +257,16 @@ def _refuse_merged(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name}: adapter {merged[0]!r} is merged into its weight, where it cannot be switched "
             "off; call unmerge_adapter() or unfuse_lora() before fastppt.attach()"
+        )
+
+
+def _refuse_flagless(name: str, module: nn.Module) -> None:
+    """Refuse kinds of peft's whose layers have their flag from their class."""
+    if "_disable_adapters" not in vars(module):
+        raise ValueError(
+            f"{name}: its adapter is a {type(module).__name__}, which is not known here; pass "
+            "switch=, which returns a context manager that takes adapters out of the passes "
+            "inside, such as the disable_adapter of peft's model"
         )
 
 

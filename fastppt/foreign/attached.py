@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppt.families.networks import AlignableNetwork, alignable_network
-from fastppt.foreign.adapters import base_pass_of
+from fastppt.foreign.adapters import BasePasses
 from fastppt.foreign.attentions import check_attention, is_looked_into, stand_in
 from fastppt.foreign.recording import FeatureRecorder, MapTap, Passes, StatisticsTap
 from fastppt.foreign.wrappers import unwrap
@@ -22,6 +23,8 @@ from fastppt.stage_config import AttentionAlignmentConfig, FeatureAlignmentConfi
 
 FEATURE_WEIGHT = FeatureAlignmentConfig().weight
 ATTENTION_WEIGHT = AttentionAlignmentConfig().weight
+
+COLUMN_DTYPES = (torch.int64, torch.int32)
 
 BasePass = Callable[[], AbstractContextManager[Any]]
 """Returns what takes the adapters out of the passes inside."""
@@ -89,8 +92,9 @@ def attach(
             already, a pattern that matches no layer, or no way to a base pass.
     """
     for key, weight in (("feature_weight", feature_weight), ("attention_weight", attention_weight)):
-        if not weight >= 0:
-            raise ValueError(f"{key}: got {weight}, want a number >= 0; 0 pulls at nothing")
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not weight >= 0:
+            raise ValueError(f"{key}: got {weight!r}, want a number >= 0; 0 pulls at nothing")
+    _refuse_wrong_columns(columns)
     inner = alignable_network(unwrap(network))
     _refuse_second(inner)
     feature_layers = _chosen(features, inner.feature_layers, inner, "features")
@@ -101,18 +105,13 @@ def attach(
         )
     for name, attn in text_attentions.items():
         check_attention(name, attn, is_joint=inner.is_joint)
-
-    def find_base_pass() -> BasePass:
-        return switch or base_pass_of(inner.network, base_weights)
-
-    find_base_pass()
     return Attached(
         inner,
         feature_layers,
         text_attentions,
         weights=(attention_weight, feature_weight),
         columns=columns,
-        find_base_pass=find_base_pass,
+        base_pass=switch or BasePasses(inner.network, base_weights),
     )
 
 
@@ -142,13 +141,12 @@ class Attached:
         *,
         weights: tuple[float, float],
         columns: Tensor | None,
-        find_base_pass: Callable[[], BasePass],
+        base_pass: BasePass,
     ) -> None:
         self._network: Any = network.network
         self._attention_weight, self._feature_weight = weights
         self._columns = columns
-        self._find_base_pass = find_base_pass
-        self._without_adapters: BasePass | None = None
+        self._base_pass = base_pass
         self._passes = Passes()
         self._number = 0
         self._maps: dict[str, MapTap] = {}
@@ -188,14 +186,12 @@ class Attached:
             ValueError: the handle is detached, or the pass did not reach a layer.
         """
         self._refuse_detached()
-        if self._without_adapters is None:
-            # Again, for what was added or wrapped since.
-            self._without_adapters = self._find_base_pass()
+        _refuse_wrong_columns(columns)
         self._number += 1
         self._forget()
         self._passes.phase = "base"
         try:
-            with torch.no_grad(), self._without_adapters():
+            with torch.no_grad(), self._base_pass():
                 yield
             self._refuse_unreached(
                 [name for name, tap in self._maps.items() if tap.base.map_sum is None]
@@ -203,11 +199,14 @@ class Attached:
                 "the base pass",
                 "run the network once inside of attached.base()",
             )
+            columns = self._columns if columns is None else columns
+            for tap in self._maps.values():
+                assert tap.base.map_sum is not None
+                _refuse_foreign_columns(columns, tap.base.map_sum.shape[2])
+                tap.tuned.columns = columns
         except BaseException:
             self._forget()
             raise
-        for tap in self._maps.values():
-            tap.tuned.columns = self._columns if columns is None else columns
         self._passes.phase = "tuned"
 
     def losses(self) -> AlignmentLosses:
@@ -232,8 +231,8 @@ class Attached:
         self._refuse_unreached(
             [name for name, sender in senders if not sender.outbox.losses],
             "a tuned pass",
-            "run the network with gradients after attached.base(), on a batch of the same size, "
-            "and checkpoint blocks with use_reentrant=False",
+            "run the network with gradients after attached.base(), on a batch of the same size "
+            "with texts of the same length, and checkpoint blocks with use_reentrant=False",
         )
         maps = [tap.tuned.outbox.losses[0] for tap in self._maps.values()]
         means = [tap.tuned.outbox.losses[0] for tap in self._statistics.values()]
@@ -284,11 +283,16 @@ class Attached:
         return term
 
     def _refuse_stale(self, number: int) -> None:
-        """Refuse to compute checkpointed blocks again that would be compared with a later base."""
-        if number != self._number and self._network.is_gradient_checkpointing:
+        """Refuse to compute checkpointed blocks again that would not be compared as they were."""
+        if not self._network.is_gradient_checkpointing:
+            return
+        again = "backward(): blocks are checkpointed and so run again now, but "
+        if not self._undo:
+            raise ValueError(f"{again}the handle is detached; call backward() before detach()")
+        if number != self._number:
             raise ValueError(
-                "backward(): blocks are checkpointed and so run again now, but another base pass "
-                "came in between; call backward() before the next attached.base()"
+                f"{again}another base pass came in between; call backward() before the next "
+                "attached.base()"
             )
 
     def _refuse_unreached(self, names: list[str], what: str, mend: str) -> None:
@@ -317,8 +321,36 @@ class Attached:
 def _chosen(
     patterns: Sequence[str] | None, layers: Mapping[str, Any], network: AlignableNetwork, key: str
 ) -> dict[str, Any]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{key}: got {patterns!r}; pass a list of patterns, [{patterns!r}]")
     names = match_layers(patterns, layers, network.aligned_blocks, key)
     return {name: layers[name] for name in names}
+
+
+def _refuse_wrong_columns(columns: Any) -> None:
+    if columns is None:
+        return
+    given: Any = type(columns).__name__
+    if isinstance(columns, Tensor):
+        if columns.dtype in COLUMN_DTYPES and columns.dim() in (1, 2) and columns.numel():
+            return
+        given = f"{columns.dtype} {tuple(columns.shape)}"
+    raise ValueError(
+        f"columns: got {given}, want an int64 tensor [K] or [B, K], of each text token the one of "
+        "the base that it is compared with, -1 for none"
+    )
+
+
+def _refuse_foreign_columns(columns: Tensor | None, num_base_tokens: int) -> None:
+    """Refuse columns of tokens that the base has not; on the CPU, where reading waits for none."""
+    if columns is None or columns.device.type != "cpu":
+        return
+    least, most = int(columns.min()), int(columns.max())
+    if least < -1 or most >= num_base_tokens:
+        raise ValueError(
+            f"columns: got {least} to {most}, but the base's text has {num_base_tokens} tokens; "
+            f"want 0 to {num_base_tokens - 1}, or -1 for none"
+        )
 
 
 def _refuse_second(network: AlignableNetwork) -> None:

@@ -30,8 +30,8 @@ from fastppt.families.joint_attention import JointAttention
 from fastppt.foreign.recording import MapTap
 
 CROSS_PROCESSORS = (AttnProcessor2_0, AttnProcessor, XFormersAttnProcessor, SlicedAttnProcessor)
-"""They compute one thing in different ways; a pass that is looked at computes it the first's way,
-and so differs from the others' by rounding."""
+"""They compute one thing in different ways; a tuned pass computes it the first's way, and so differs
+from the others' by rounding."""
 JOINT_PROCESSORS = (JointAttnProcessor2_0,)
 
 
@@ -39,7 +39,8 @@ def check_attention(name: str, attn: Attention, *, is_joint: bool) -> None:
     """Refuse an attention whose query and key cannot be had.
 
     Raises:
-        ValueError: its processor is not known here, or its projections are fused.
+        ValueError: its processor is not known here, its projections are fused, or it does more
+            than project and attend.
     """
     processor = attn.processor
     if attn.fused_projections:
@@ -57,6 +58,27 @@ def check_attention(name: str, attn: Attention, *, is_joint: bool) -> None:
             f"of {names}; call network.set_attn_processor({stock[0].__name__}()) before "
             "fastppt.attach(), or leave this layer out by attentions=[...]"
         )
+    extras = _extras(attn, is_joint)
+    if extras:
+        raise ValueError(
+            f"{name}: it has {', '.join(extras)}, which is not known here; leave this layer out by "
+            "attentions=[...]"
+        )
+
+
+def _extras(attn: Attention, is_joint: bool) -> list[str]:
+    """Return what an attention does that a stand-in leaves out."""
+    modules = ["spatial_norm", "group_norm", "norm_cross"]
+    if not is_joint:
+        modules += ["norm_q", "norm_k"]
+    extras = [part for part in modules if getattr(attn, part) is not None]
+    if attn.residual_connection:
+        extras.append("residual_connection=True")
+    if attn.rescale_output_factor != 1:
+        extras.append(f"rescale_output_factor={attn.rescale_output_factor}")
+    if not attn.scale_qk:
+        extras.append("scale_qk=False")
+    return extras
 
 
 @dataclass
@@ -80,8 +102,18 @@ class CrossStandIn:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend from the image [B, Q, C] to the text [B, K, C], as AttnProcessor2_0 does."""
-        if not self.tap.passes.are_seen:
+        """Attend from the image [B, Q, C] to the text [B, K, C].
+
+        A base pass is the stock processor's own, which projects query and key once more; a tuned
+        pass computes what AttnProcessor2_0 does.
+        """
+        are_seen = self.tap.passes.are_seen
+        if are_seen:
+            _refuse_mask(self.name, attention_mask)
+            query = _heads(attn, attn.to_q(hidden_states))
+            key = _heads(attn, attn.to_k(encoder_hidden_states))
+            self.tap.see(query, key)
+        if not are_seen or self.tap.passes.phase == "base":
             output: Tensor = self.stock(
                 attn,
                 hidden_states,
@@ -89,11 +121,7 @@ class CrossStandIn:
                 attention_mask=attention_mask,
             )
             return output
-        _refuse_mask(self.name, attention_mask)
-        query = _heads(attn, attn.to_q(hidden_states))
-        key = _heads(attn, attn.to_k(encoder_hidden_states))
         value = _heads(attn, attn.to_v(encoder_hidden_states))
-        self.tap.see(query, key)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return _project_out(attn, mixed.transpose(1, 2).flatten(2))
 

@@ -45,6 +45,9 @@ class CapturedStep:
     and numpy's own random numbers, lists that are appended to). A step with and one without a base
     pass are two CapturedSteps.
 
+    Accumulated gradients: all passes of an optimizer step belong into the step function, which
+    calls `step()` of every optimizer in `state` each time.
+
     Zeroing gradients: at the end of the step or at its beginning, inside, either way for
     ``torch.optim.AdamW(..., capturable=True)``; with ``set_to_none=False`` for `AnchoredAdamW`,
     which wants gradients that stay in place.
@@ -65,8 +68,8 @@ class CapturedStep:
             the same generators: both keep what lies between their operations in one memory.
 
     Raises:
-        ValueError: State of another kind or on several devices, a gradient scaler, a
-            DistributedDataParallel network, a warmup below 1.
+        ValueError: State of another kind or on several devices, a gradient scaler, accelerate's
+            accumulation of gradients, a DistributedDataParallel network, a warmup below 1.
     """
 
     def __init__(

@@ -124,14 +124,16 @@ class HeldState:
         """
         before = [(name, param, param.grad) for name, param in self._trained()]
         at_step: dict[int, Tensor | None] = {}
+        stepped: set[Optimizer] = set()
         options = Constants(self._options(device))
         on_host = self._written_on_host(device)
         hooks = [
-            optimizer.register_step_pre_hook(partial(self._before_update, at_step))
+            optimizer.register_step_pre_hook(partial(self._before_update, at_step, stepped))
             for optimizer in self.optimizers.values()
         ]
         try:
             yield
+            self._check_stepped(stepped)
             self._check_in_place(before, at_step)
             _check_options(options, "the step itself changes it, and a replay would not")
             if on_host != self._written_on_host(device):
@@ -189,9 +191,14 @@ class HeldState:
                 param.grad = grad
 
     def _before_update(
-        self, at_step: dict[int, Tensor | None], optimizer: Optimizer, *_: object
+        self,
+        at_step: dict[int, Tensor | None],
+        stepped: set[Optimizer],
+        optimizer: Optimizer,
+        *_: object,
     ) -> None:
         """Look at the gradients that an optimizer is about to take, inside of the step."""
+        stepped.add(optimizer)
         names = {id(param): name for name, param in self._named_params()}
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         at_step.update({id(param): param.grad for param in params})
@@ -206,6 +213,16 @@ class HeldState:
             raise ValueError(
                 f"{_listed(new)}: first trained when the step was captured, so that each replay "
                 "would begin its moments anew; capture later, with a larger warmup"
+            )
+
+    def _check_stepped(self, stepped: set[Optimizer]) -> None:
+        """Refuse optimizers that no replay would step, though earlier calls may have."""
+        idle = [name for name, one in self.optimizers.items() if one not in stepped]
+        if idle:
+            raise ValueError(
+                f"{_listed(idle)}: took no step in the call that was captured, so that no replay "
+                "would step it; call its step() in every call (gradients are accumulated inside of "
+                "the step function), or leave it out of `state`"
             )
 
     def _check_in_place(
@@ -315,6 +332,14 @@ def _refuse_uncapturable(place: str, one: object) -> None:
         raise ValueError(
             f"{place}: a gradient scaler reads on the host whether gradients overflowed, which "
             "cannot be captured; train in bfloat16, or float32, without one"
+        )
+    # So does the number of passes to a step.
+    num_passes = getattr(getattr(one, "gradient_state", None), "num_steps", 1)
+    if isinstance(one, Optimizer) and num_passes > 1:
+        raise ValueError(
+            f"{place}: accelerate is to accumulate the gradients of {num_passes} passes a step, "
+            "and counts them in Python, which a replay leaves out; put all passes into the step "
+            "function, with gradient_accumulation_steps=1"
         )
 
 

@@ -24,7 +24,7 @@ def lora_pairs(network: nn.Module) -> list[Pair]:
     Args:
         network: A UNet, transformer or text encoder, as it is or wrapped, with adapters of peft
             (of `add_adapter`, `get_peft_model` or `load_lora_weights`), sd-scripts, OneTrainer,
-            LyCORIS or fastppt. Of peft's, those that are active and require a gradient.
+            LyCORIS or fastppt. Those that require a gradient count, of peft's if they are active.
 
     Returns:
         (down, up, scale) in the order of the network's modules: down [rank, in] and up [out, rank],
@@ -38,7 +38,8 @@ def lora_pairs(network: nn.Module) -> list[Pair]:
         if hasattr(module, "_disable_adapters"):
             pairs += _peft_pairs(name, module)
         for adapter in forward_adapters(module):
-            pairs.append(_pair_of_module(name, adapter))
+            if _is_trained(adapter):
+                pairs.append(_pair_of_module(name, adapter))
         pairs += _own_pairs(name, module)
     if not pairs:
         raise ValueError(
@@ -63,6 +64,13 @@ def _peft_pairs(name: str, layer: Any) -> Iterator[Pair]:
         yield _matrix(name, parts[down]), _matrix(name, parts[up]), float(layer.scaling[adapter])
 
 
+def _is_trained(adapter: Any) -> bool:
+    """Say whether an adapter that put its `forward` on a layer is not frozen."""
+    if not isinstance(adapter, nn.Module):
+        return True
+    return any(parameter.requires_grad for parameter in adapter.parameters())
+
+
 def _pair_of_module(name: str, adapter: Any) -> Pair:
     """Return the pair of an adapter that put its `forward` on a layer."""
     parts = dict(adapter.named_parameters()) if isinstance(adapter, nn.Module) else {}
@@ -79,6 +87,8 @@ def _own_pairs(name: str, module: nn.Module) -> Iterator[Pair]:
     for group in own_projections(module):
         adapter = group.adapter
         if isinstance(adapter, JointLora):
+            if not (adapter.down.requires_grad or adapter.up.requires_grad):
+                continue
             ups = adapter.up.detach().unbind()
             downs = adapter.down.detach().split(ups[0].shape[1])
             yield from ((down, up, adapter.scale) for down, up in zip(downs, ups, strict=True))

@@ -43,6 +43,15 @@ class Passes:
         """Say whether layers look: in a base pass, and in passes with gradients after it."""
         return self.phase == "base" or (self.phase == "tuned" and torch.is_grad_enabled())
 
+    @property
+    def must_not_raise(self) -> bool:
+        """Say whether what does not go with the base pass is left alone.
+
+        Once the losses are read nothing is asked of a pass. Compiled code raises nothing: what is
+        missing shows where the losses are read.
+        """
+        return self.is_read or torch.compiler.is_compiling()
+
     def compare(self, outbox: Outbox, shape: torch.Size, base_shape: torch.Size) -> bool:
         """Say whether a layer compares what it sees, of a shape, with what the base had.
 
@@ -51,8 +60,7 @@ class Passes:
         """
         if self.phase != "tuned" or not torch.is_grad_enabled():
             return False
-        # Compiled code raises nothing: what is missing shows where the losses are read.
-        if self.is_read or torch.compiler.is_compiling():
+        if self.must_not_raise:
             return shape == base_shape
         if outbox.losses:
             raise ValueError(
@@ -89,14 +97,14 @@ class MapTap:
         """Take note of cross-attention [B, H, Q, D]."""
         if self.passes.phase == "base":
             self.base.see(query, key)
-        elif self._compares(query, query.shape[2]):
+        elif self._compares(query, query.shape[2], key.shape[2]):
             self.tuned.see(query, key)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, num_text_tokens: int) -> Tensor:
         """Compute joint attention [B, H, N, D], and take note of it."""
         if self.passes.phase == "base":
             return self.base.attend(query, key, value, num_text_tokens)
-        if self._compares(query, query.shape[2] - num_text_tokens):
+        if self._compares(query, query.shape[2] - num_text_tokens, num_text_tokens):
             return self.tuned.attend(query, key, value, num_text_tokens)
         return F.scaled_dot_product_attention(query, key, value)
 
@@ -104,12 +112,28 @@ class MapTap:
         """Be left behind where the network is copied or pickled."""
         return type(None), ()
 
-    def _compares(self, query: Tensor, num_image_tokens: int) -> bool:
-        map_sum = self.base.map_sum
+    def _compares(self, query: Tensor, num_image_tokens: int, num_text_tokens: int) -> bool:
+        map_sum, columns = self.base.map_sum, self.tuned.columns
         if map_sum is None:
             return False
         shape = torch.Size((query.shape[0], num_image_tokens))
-        return self.passes.compare(self.tuned.outbox, shape, map_sum.shape[:2])
+        if not self.passes.compare(self.tuned.outbox, shape, map_sum.shape[:2]):
+            return False
+        wanted = map_sum.shape[2] if columns is None else columns.shape[-1]
+        if num_text_tokens == wanted:
+            return True
+        if self.passes.must_not_raise:
+            return False
+        given = f"the subject prompt has {num_text_tokens} text tokens and "
+        if columns is None:
+            raise ValueError(
+                f"{given}the class prompt {wanted}; pad both to one length, or pass columns=, the "
+                "class prompt's token that each of the subject's is compared with"
+            )
+        raise ValueError(
+            f"columns: got shape {tuple(columns.shape)}, but {given}columns say of each which "
+            "token of the class prompt it is compared with; want one a token, -1 for none"
+        )
 
 
 @dataclass

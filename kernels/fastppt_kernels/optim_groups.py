@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastppt_kernels.anchored_adamw.plain import is_dense
 from fastppt_kernels.lora_pairs import Pair, Pairs, Place, locate_pairs
-from fastppt_kernels.optim_sharded import is_sharded
+from fastppt_kernels.optim_sharded import is_sharded, run_several_processes
 from fastppt_kernels.optim_state import copy_to_host
 
 FORMS = ("raw", "effective", "decoupled")
@@ -22,6 +22,8 @@ CHOICES = {
     "rounding": ("nearest", "stochastic"),
 }
 NARROW = (torch.bfloat16, torch.float16)
+# The key of a group that says whether the parameters were compared with the anchors taken of them.
+COMPARED = "start_compared"
 # Seeds of random bits, as a kernel takes them; larger ones wrap.
 NUM_SEEDS = 2**31
 
@@ -52,9 +54,8 @@ def share_out(params: ParamsT, anchor: Sequence[Tensor | None]) -> list[dict[str
 
 def check_limit(max_grad_norm: float | None) -> None:
     """Raise ValueError unless the limit of the norm is one."""
-    if max_grad_norm is not None and not (
-        isinstance(max_grad_norm, float | int) and max_grad_norm > 0
-    ):
+    is_number = isinstance(max_grad_norm, float | int) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is not None and not (is_number and max_grad_norm > 0):
         raise ValueError(f"max_grad_norm: got {max_grad_norm!r}, want a number > 0, or None")
 
 
@@ -81,8 +82,9 @@ def check_options(group: dict[str, Any]) -> None:
             'anchor_storage "host" is for the forms raw and decoupled; the effective form reads '
             'its few anchors in products: leave them on the "device"'
         )
-    if not (isinstance(group["seed"], int) and group["seed"] >= 0):
-        raise ValueError(f"seed: got {group['seed']!r}, want an integer >= 0")
+    seed = group["seed"]
+    if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
+        raise ValueError(f"seed: got {seed!r}, want an integer >= 0")
     _check_params(group)
 
 
@@ -170,7 +172,8 @@ def resolve_anchor(
     These are copies, or with ``share`` the tensors of the list themselves. Of copies, what is zero
     is not kept, nor is what only pairs with B0 A0 = 0 would read. The kinds: "start" keeps a tensor
     for each parameter, "list" for some, "zero" for none, and "none" means that the weight was 0, so
-    that nothing was kept. "first_step" is yet to become one of the others.
+    that nothing was kept. "first_step" is yet to become one of the others. Where copies of the
+    parameters are kept, the group is marked: they are yet to be compared, see `COMPARED`.
     """
     params = group["params"]
     nothing: list[Tensor | None] = [None] * len(params)
@@ -200,6 +203,8 @@ def resolve_anchor(
     ]
     if not read:
         return "zero", nothing
+    if anchor == "start":
+        group[COMPARED] = False
     return ("start" if anchor == "start" and len(read) == len(params) else "list"), kept
 
 
@@ -286,6 +291,14 @@ def refuse_capture(where: str) -> None:
             f"{where}: has no state for its parameters as they are, and a captured step cannot "
             "make it; take a step before the capture"
         )
+
+
+def wants_comparison(group: dict[str, Any]) -> bool:
+    """Say whether this step is to compare the group's parameters with the anchors taken of them.
+
+    Where a process is alone, nobody else gives it values.
+    """
+    return group.get(COMPARED) is False and run_several_processes() and not _is_capturing()
 
 
 def _is_capturing() -> bool:

@@ -1,16 +1,25 @@
 """State for the parameters as a step finds them, where trainers changed them since they were given.
 
 Moved ones take their state along; those that took another's place get a new one, unless an anchor
-was kept; what a new state would not mend is refused.
+was kept; what a new state would not mend is refused. So are values that something changed between
+the time when they were kept as anchors and the first step, where several processes train.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastppt_kernels.optim_groups import NARROW, check_options, refuse_capture, resolve_anchor
-from fastppt_kernels.optim_sharded import check_sharded
+from fastppt_kernels.optim_groups import (
+    COMPARED,
+    NARROW,
+    check_options,
+    refuse_capture,
+    resolve_anchor,
+    wants_comparison,
+)
+from fastppt_kernels.optim_sharded import check_sharded, local_part
 from fastppt_kernels.optim_state import describes, make_state, take_over
 
 
@@ -30,10 +39,57 @@ def states_of(
     state: MutableMapping[Tensor, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Return the states of some parameters of a group, at least one, settled if need be."""
-    # Who moves or casts a network moves all of it; who replaces a parameter loses its state.
-    if not all(map(state.get, params)) or not fits(params[0], state, groups[number]):
+    group = groups[number]
+    held = [state.get(param) for param in params]
+    if not _all_fit(params, held, state, group):
         settle(number, groups, state)
-    return [state[param] for param in params]
+        held = [state[param] for param in params]
+    if wants_comparison(group):
+        _compare_starts(f"param_groups[{number}]", group, state)
+        group[COMPARED] = True
+    return held  # type: ignore[return-value]
+
+
+def _all_fit(
+    params: Sequence[Tensor],
+    held: Sequence[dict[str, Any] | None],
+    state: Mapping[Tensor, dict[str, Any]],
+    group: dict[str, Any],
+) -> bool:
+    """Say whether `fits` holds for all; each step asks, so it is put to one of a kind."""
+    moments = [each["exp_avg"] for each in held if each]
+    # Who replaces a parameter loses its state.
+    if [param.shape for param in params] != [moment.shape for moment in moments]:
+        return False
+    pairs = zip(params, moments, strict=True)
+    # Who moves a network moves all of it.
+    kinds = {(param.dtype, moment.dtype): param for param, moment in pairs}
+    return all(fits(param, state, group) for param in kinds.values())
+
+
+def _compare_starts(
+    where: str, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Raise ValueError if a parameter is not its anchor before its first step. Reads on the host.
+
+    An anchor that was not kept, being zero, is not compared.
+    """
+    changed = []
+    for index, param in enumerate(group["params"]):
+        held = state.get(param, {})
+        if "anchor" in held:
+            # A cast after the anchor was kept is no change.
+            anchor = local_part(held["anchor"]).to(param.device, param.dtype)
+            differs = (local_part(param) != anchor).any() & (local_part(held["step"]) == 0)
+            changed.append(differs * (index + 1))
+    found = int(torch.stack(changed).max()) if changed else 0
+    if found:
+        raise ValueError(
+            f"{where}, params[{found - 1}]: was changed after the optimizer took its values as the "
+            "anchor (DistributedDataParallel gives all processes those of the first), so that this "
+            "process would be held at values of its own; make the optimizer after the network is "
+            'wrapped and loaded, or give it anchor="first_step"'
+        )
 
 
 def settle_replaced(
@@ -72,6 +128,7 @@ def settle(
         group["anchor"], anchors = resolve_anchor(group, "start", share=False)
         for param, anchor in zip(group["params"], anchors, strict=True):
             state[param] = make_state(param, anchor, group["moments"])
+        group[COMPARED] = True
     for index, param in enumerate(group["params"]):
         if not fits(param, state, group):
             state[param] = _follow(f"{where}, params[{index}]", param, state, group)

@@ -43,6 +43,16 @@ def has_shards(batches: Sequence[Batch]) -> bool:
     return bool(_sharded_types({type(param) for batch in batches for param in batch.params}))
 
 
+def run_several_processes() -> bool:
+    """Say whether this is one of several processes that torch.distributed knows of."""
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 def check_sharded(group: dict[str, Any], anchor: object, copies: object) -> None:
     """Raise ValueError if the group has sharded parameters with which a step would be wrong.
 
@@ -89,7 +99,9 @@ def sharded_step_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the step of :func:`anchored_adamw_` on batches of which some parameters are DTensors.
 
-    All processes of a mesh take it together, with gradients for the same parameters.
+    All processes of a mesh take it together, with gradients for the same parameters. Parts that
+    are offloaded to the CPU are summed there, which NCCL alone cannot: such a run needs
+    ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Args:
         batches: Their form is "none", "raw" or "decoupled".
@@ -164,7 +176,7 @@ def _split(batch: Batch) -> list[tuple[Spread, Batch]]:
 
 def _pick(batch: Batch, indices: Sequence[int]) -> Batch:
     def local(tensors: Sequence[Any]) -> list[Any]:
-        return [_local(tensors[index]) for index in indices]
+        return [local_part(tensors[index]) for index in indices]
 
     return replace(
         batch,
@@ -180,11 +192,11 @@ def _pick(batch: Batch, indices: Sequence[int]) -> Batch:
     )
 
 
-def _local(tensor: Any) -> Any:
+def local_part(tensor: Any) -> Any:
     """Return this process's part of a DTensor; anything else itself."""
     if tensor is None or not is_sharded(tensor):
         return tensor
-    local = tensor.to_local()
+    local = tensor.tolocal_part()
     # A gradient may still be on its way.
     return local.wait() if hasattr(local, "wait") else local
 

@@ -91,6 +91,20 @@ def run_ddp(part, form):
     return train(DistributedDataParallel(net), net, optimizer, part)
 
 
+def run_started_apart(part, rank, anchor):
+    """The optimizer is made before the wrap, which gives both processes the first's values."""
+    net = Network()
+    with torch.no_grad():
+        for param in net.parameters():
+            param += rank
+    optimizer = AnchoredAdamW(make_groups(net, "raw"), anchor=anchor, **OPTIONS)
+    wrapped = DistributedDataParallel(net)
+    try:
+        return train(wrapped, net, optimizer, part if anchor == "first_step" else part[:1])
+    except ValueError as error:
+        return {"refused": str(error)}
+
+
 def shard(net, sizes, names, ignored=()):
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     fully_shard(net, mesh=mesh, ignored_params={*ignored})
@@ -190,6 +204,7 @@ def run_all(rank: int, folder: str) -> None:
     )
     part = make_inputs()[:, 2 * rank : 2 * rank + 2]
     results = {f"ddp {form}": run_ddp(part, form) for form in ("raw", "decoupled", "effective")}
+    results |= {f"apart, {a}": run_started_apart(part, rank, a) for a in ("start", "first_step")}
     results |= {f"fsdp {form}": run_fsdp(part, form) for form in ("raw", "decoupled")}
     results["first step"] = run_fsdp(part, "raw", anchor="first_step")
     results["replicas"] = run_fsdp(part, "raw", (2, 1), ("replicate", "shard"))

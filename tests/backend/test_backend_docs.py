@@ -101,6 +101,8 @@ def names_of_the_docs() -> dict[str, Any]:
     params = [param for param in unet.parameters() if param.requires_grad]
     clean, noise, timesteps = batches[0]
     subject = told(2)
+    # Of one photo; the script gives the UNet a row for each.
+    add_time_ids = torch.ones(1, 6)
     args = Namespace(
         learning_rate=1e-3,
         adam_beta1=0.9,
@@ -126,12 +128,13 @@ def names_of_the_docs() -> dict[str, Any]:
         "tokenizers": None,
         "accelerator": Namespace(device="cpu"),
         "bsz": ROWS,
-        "add_time_ids": torch.ones(ROWS, 6),
+        "add_time_ids": add_time_ids,
         "noisy_model_input": clean,
         "timesteps": timesteps,
         "target": noise,
         "prompt_embeds_input": subject["encoder_hidden_states"],
-        "unet_added_conditions": subject["added_cond_kwargs"],
+        "unet_added_conditions": subject["added_cond_kwargs"]
+        | {"time_ids": add_time_ids.repeat(ROWS, 1)},
         # SimpleTuner
         "optimizer_choices": {},
         # OneTrainer
@@ -186,6 +189,13 @@ def test_the_lines_for_the_scripts_of_diffusers_make_one_loss() -> None:
     assert names["optimizer"].defaults["betas"] == (0.9, 0.99)
 
 
+def test_class_prompts_are_encoded_before_the_scripts_delete_their_text_encoders() -> None:
+    _, before_deleting, after_prepare, in_loop = BLOCKS["diffusers' scripts", "python"]
+    assert "text_encoders, tokenizers" in before_deleting
+    assert "attach(" not in before_deleting
+    assert not re.search("text_encoders|tokenizers", after_prepare + in_loop)
+
+
 def test_the_flags_for_sd_scripts_are_options() -> None:
     (code,) = BLOCKS["sd-scripts", "bash"]
     words = shlex.split(code.replace("\\\n", " "))
@@ -193,6 +203,7 @@ def test_the_flags_for_sd_scripts_are_options() -> None:
     start, end = words.index("--optimizer_args") + 1, words.index("--max_grad_norm")
     pairs = (word.split("=") for word in words[start:end])
     options = {key: ast.literal_eval(value) for key, value in pairs}
+    assert options["anchor"] == "first_step"
     made = getattr(importlib.import_module(module), name)
     optimizer = made([nn.Parameter(torch.ones(3))], lr=1e-3, **options)
     assert {key: optimizer.param_groups[0][key] for key in ("anchor_weight", "form")} == {
@@ -224,6 +235,7 @@ def test_the_entry_for_simpletuner_makes_an_optimizer() -> None:
     (entry,) = names["optimizer_choices"].values()
     optimizer = entry["class"](names["params"], lr=1e-3, **entry["default_settings"])
     assert optimizer.param_groups[0]["anchor_weight"] == 1e-3
+    assert optimizer.param_groups[0]["anchor"] == "first_step"
 
 
 def test_the_lines_for_onetrainer_work_with_its_switch() -> None:

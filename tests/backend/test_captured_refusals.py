@@ -333,6 +333,45 @@ def test_an_optimizer_of_accelerate_with_a_scaler_is_refused() -> None:
     assert optimizers.optimizers["SGD"] is inner
 
 
+def test_an_optimizer_that_accelerate_lets_wait_is_refused() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loop = Loop(sgd)
+    loop.network, loop.optimizer = accelerator.prepare(loop.network, loop.optimizer)
+    with pytest.raises(ValueError, match=r"^state\[1\]: .* of 2 passes a step, .*_steps=1$"):
+        loop.captured()
+
+
+def test_an_optimizer_that_is_not_stepped_at_the_capture_is_refused(loops: list[Loop]) -> None:
+    """Every second call is an optimizer step: not that of the capture, the third."""
+    loop = Loop(sgd)
+    loops.append(loop)
+    calls: list[Tensor] = []
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = loop.network(batch["input"]).square().mean()
+        loss.backward()
+        calls.append(loss)
+        if len(calls) % 2 == 0:
+            loop.optimizer.step()
+            loop.optimizer.zero_grad(set_to_none=False)
+        return loss
+
+    captured_step = CapturedStep(step, state=(loop.network, loop.optimizer), warmup=WARMUP)
+    for seed in range(WARMUP):
+        captured_step(draw_batch(seed))
+    with pytest.raises(ValueError, match=r"^SGD: took no step in the call that was captured"):
+        captured_step(draw_batch(9))
+
+
+def test_an_optimizer_that_the_step_does_not_know_is_refused_beside_one(
+    loops: list[Loop],
+) -> None:
+    loop, other = Loop(sgd), Loop(sgd)
+    step = run_before_capture(loops, loop, state=(loop.network, loop.optimizer, other.optimizer))
+    with pytest.raises(ValueError, match=r"^SGD_1: took no step .*leave it out of `state`"):
+        step(draw_batch(9))
+
+
 def test_a_step_without_warmup_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup: got 0, want at least 1"):
         Loop(sgd).captured(warmup=0)

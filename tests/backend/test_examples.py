@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from fastppt.mini import build_mini
 from fastppt.outputs.lora_files import DIFFUSERS_FILE
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 RunExample = Callable[..., Path]
 NAMES = ("bare_loop.py", "accelerate_loop.py", "peft_loop.py")
 
@@ -48,6 +50,16 @@ def changes(file: Path) -> Tensor:
 
 def test_every_example_is_run_here() -> None:
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/backend.md", *(f"examples/{name}" for name in NAMES)]
+)
+def test_what_an_example_imports_beside_fastppt_is_named(path: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (peft,) = project["optional-dependencies"]["evaluate"]
+    assert peft.startswith("peft")
+    assert f'pip install . "{peft}"' in (ROOT / path).read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -52,7 +52,10 @@ def test_two_fsdp_processes_equal_ddp(results, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["first step", "replicas", "accelerate, ddp", "accelerate, fsdp"])
+@pytest.mark.parametrize(
+    "name",
+    ["first step", "apart, first_step", "replicas", "accelerate, ddp", "accelerate, fsdp"],
+)
 def test_other_ways_to_two_processes_equal_one(results, name):
     check_equal(results, name, run_whole("raw"))
 
@@ -84,6 +87,12 @@ def test_a_sharded_state_is_resumed(results, name):
 def test_anchors_of_the_start_are_refused_where_accelerate_shards_later(results):
     for result in results:
         assert 'anchor="first_step"' in result["accelerate, start"]["refused"]
+
+
+@pytest.mark.slow
+def test_anchors_of_the_start_are_refused_where_ddp_gives_a_process_other_values(results):
+    assert "drift" in results[0]["apart, start"]
+    assert 'anchor="first_step"' in results[1]["apart, start"]["refused"]
 
 
 @pytest.fixture

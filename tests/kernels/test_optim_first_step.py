@@ -163,6 +163,109 @@ def test_parameters_cast_across_float64_are_refused(old, new):
         train(params, optimizer, [0])
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("old", "new"), [(F32, F64), (F64, BF16)])
+def test_one_parameter_cast_across_float64_is_refused_wherever_it_is(old, new, index):
+    params = make_params(dtype=old)
+    optimizer = make_optimizer(params, "start")
+    train(params, optimizer, [0])
+    cast([params[index]], new)
+    # As backward passes give them.
+    params[index].grad = None
+    with pytest.raises(ValueError, match=rf"params\[{index}\]: is .* was changed after"):
+        train(params, optimizer, [1])
+
+
+def test_a_later_parameter_of_another_shape_is_refused():
+    params = make_params()
+    optimizer = make_optimizer(params, "start")
+    train(params, optimizer, [0])
+    params[1].grad = None
+    params[1].data = params[1].data[:2].clone()
+    with pytest.raises(ValueError, match=r"params\[1\]: is .* shape \(2, 3\), .*\(5, 3\)"):
+        train(params, optimizer, [1])
+
+
+def test_a_group_of_two_dtypes_steps_without_being_settled(monkeypatch):
+    params = [*make_params(dtype=F32)[:1], *make_params(dtype=BF16)[1:]]
+    optimizer = make_optimizer(params, "start")
+    monkeypatch.setattr(optim_settle, "settle", lambda *_: pytest.fail("settled"))
+    train(params, optimizer, range(2))
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """As torch.distributed answers in one of two processes."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+def with_zero_bias(seed=0):
+    # Its anchor is not kept, so the group's anchors are but those of some parameters.
+    return [*make_params(seed), torch.nn.Parameter(torch.zeros(3, dtype=F64))]
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+@pytest.mark.parametrize("make", [make_params, with_zero_bias])
+def test_values_changed_after_they_became_anchors_are_refused(two_processes, make, storage):
+    params = make()
+    optimizer = make_optimizer(params, "start", anchor_storage=storage)
+    write_values(params[1:2], make(seed=2)[1:2])
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'params\[1\]: was changed .*anchor="first_step"'):
+            train(params, optimizer, [0])
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("what", ["same", "cast", "list", "first_step", "zero", "one process"])
+def test_values_that_may_differ_from_anchors_at_the_first_step_train(
+    two_processes, monkeypatch, what
+):
+    params = make_params(dtype=F32)
+    anchor = {"list": [p.detach() + 1 for p in params]}.get(what, what)
+    anchor = "start" if what in ("same", "cast", "one process") else anchor
+    optimizer = make_optimizer(params, anchor)
+    if what == "cast":
+        cast(params, BF16)
+    elif what not in ("same", "list"):
+        write_values(params, make_params(seed=2))
+    if what == "one process":
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    train(params, optimizer, range(3))
+    assert optimizer.penalty > 0
+
+
+def test_anchors_are_compared_before_the_first_step_alone(two_processes, monkeypatch):
+    def compare(where, group, state):
+        compared.append(where)
+
+    params, compared = make_params(), []
+    optimizer = make_optimizer(params, "start")
+    with monkeypatch.context() as patch:
+        patch.setattr(optim_settle, "_compare_starts", compare)
+        train(params, optimizer, range(3))
+        assert compared == ["param_groups[0]"]
+    write_values(params, make_params(seed=2))
+    train(params, optimizer, [3])
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_resumed_state_is_not_compared(two_processes, monkeypatch, is_alone):
+    params = make_params()
+    with monkeypatch.context() as patch:
+        if is_alone:
+            patch.setattr(torch.distributed, "get_world_size", lambda: 1)
+        optimizer = make_optimizer(params, "start")
+        train(params, optimizer, range(3))
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = make_optimizer(resumed, "start")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(resumed, other, [3])
+    train(params, optimizer, [3])
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
 def test_a_cast_that_random_rounding_is_not_for_is_refused():
     params = make_params(dtype=BF16)
     optimizer = make_optimizer(params, "start", rounding="stochastic")
