@@ -122,6 +122,8 @@ class Found:
         modules = [*network.modules()]
         self._children = [module._modules for module in modules]
         self._entries = [vars(module) for module in modules]
+        self._attentions = [each for each in self._entries if "processor" in each]
+        self._merged = [e["merged_adapters"] for e in self._entries if "merged_adapters" in e]
         self._groups = [vars(group) for module in modules for group in own_projections(module)]
         self._before = self._look()
 
@@ -131,14 +133,13 @@ class Found:
         return len(now) == len(self._before) and all(map(is_, now, self._before))
 
     def _look(self) -> list[Any]:
-        merged = map(dict.get, self._entries, repeat("merged_adapters"))
         return [
             *chain.from_iterable(map(dict.values, self._children)),
             *map(dict.get, self._entries, repeat("forward")),
             *map(dict.get, self._entries, repeat("_old_forward")),
-            *map(dict.get, self._entries, repeat("processor")),
+            *map(dict.get, self._attentions, repeat("processor")),
             *map(dict.get, self._groups, repeat("adapter")),
-            *map(bool, merged),
+            *map(bool, self._merged),
         ]
 
 

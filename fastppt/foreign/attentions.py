@@ -30,7 +30,7 @@ from fastppt.families.joint_attention import JointAttention
 from fastppt.foreign.recording import MapTap
 
 CROSS_PROCESSORS = (AttnProcessor2_0, AttnProcessor, XFormersAttnProcessor, SlicedAttnProcessor)
-"""They compute one thing in different ways; a tuned pass computes it the first's way, and so differs
+"""They compute one thing in different ways; a tuned pass computes it the first's way, and differs
 from the others' by rounding."""
 JOINT_PROCESSORS = (JointAttnProcessor2_0,)
 

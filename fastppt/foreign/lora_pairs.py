@@ -24,7 +24,7 @@ def lora_pairs(network: nn.Module) -> list[Pair]:
     Args:
         network: A UNet, transformer or text encoder, as it is or wrapped, with adapters of peft
             (of `add_adapter`, `get_peft_model` or `load_lora_weights`), sd-scripts, OneTrainer,
-            LyCORIS or fastppt. Those that require a gradient count, of peft's if they are active.
+            LyCORIS or fastppt. Of peft's, those that are active and require a gradient.
 
     Returns:
         (down, up, scale) in the order of the network's modules: down [rank, in] and up [out, rank],

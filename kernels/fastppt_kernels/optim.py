@@ -115,8 +115,11 @@ class AnchoredAdamW(Optimizer):
 
     In other trainers: parameters that were moved to another device take their state along at the
     next step. A step raises ValueError for what would be silently wrong: parameters cast to or from
-    float64, of another shape, or in the place of others whose anchors were kept. A clip outside
-    does not see the anchor; ``max_grad_norm`` does. A GradScaler unscales before the step, and
+    float64, of another shape, or in the place of others whose anchors were kept; and in one of
+    several processes for those that were changed between being given and the first step, where the
+    anchor is "start" (DistributedDataParallel gives all processes the first one's values): make
+    the optimizer after the wrap, or take "first_step". A clip outside does not see the anchor;
+    ``max_grad_norm`` does. A GradScaler unscales before the step, and
     leaves it out where gradients are not finite. ``torch.compile`` leaves it as it is. DTensors
     (``fully_shard``) are worked on where they lie, with penalty and norm of the whole; "effective",
     "8bit", "stochastic", "host" and working copies are refused for them.

@@ -196,7 +196,7 @@ def local_part(tensor: Any) -> Any:
     """Return this process's part of a DTensor; anything else itself."""
     if tensor is None or not is_sharded(tensor):
         return tensor
-    local = tensor.tolocal_part()
+    local = tensor.to_local()
     # A gradient may still be on its way.
     return local.wait() if hasattr(local, "wait") else local
 

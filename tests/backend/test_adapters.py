@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 
 from fastppt.backend import attach, lora_pairs
+from fastppt.foreign.adapters import own_projections
 from fastppt_kernels import AnchoredAdamW
 from tests.backend.foreign_networks import (
     ADAPTERS,
@@ -338,6 +339,20 @@ def test_frozen_adapters_are_no_pairs() -> None:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".other." in name)
     assert {down.shape[0] for down, _, _ in lora_pairs(network)} == {2}
+
+
+@pytest.mark.parametrize("kind", ["sd-scripts", "OneTrainer", "ours"])
+def test_frozen_adapters_of_layers_are_no_pairs(kind: str) -> None:
+    adapted = ADAPTERS[kind](make_passes(dtype=torch.float32).network)
+    frozen = [*adapted.parameters.values()][:2]
+    wanted = [down.data_ptr() for _, down, _, _ in adapted.pairs[1:]]
+    if kind == "ours":
+        # Query, key and value of the first attention share an adapter.
+        group = next(g for m in adapted.network.modules() for g in own_projections(m))
+        frozen, wanted = [group.adapter.down, group.adapter.up], wanted[2:]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    assert [down.data_ptr() for down, _, _ in lora_pairs(adapted.network)] == wanted
 
 
 def test_the_multiplier_of_a_module_is_part_of_its_scale() -> None:

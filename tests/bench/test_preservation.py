@@ -30,6 +30,7 @@ from bench.preservation_plan import (
     METHODS,
     PPT_DREAMBOOTH,
     PPT_LORA,
+    SWEEPS,
     Plan,
     quick,
     sweep_methods,

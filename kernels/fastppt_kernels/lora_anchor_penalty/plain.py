@@ -79,7 +79,7 @@ def pull_pairs_(batches: Sequence[PairBatch], weight: float | Tensor) -> Tensor:
     lists += [tensors for each in batches for tensors in (each.down_grads, each.up_grads)]
     dtype = compute_dtype(tensor for tensors in lists for tensor in tensors)
     # Where PyTorch may take float32 products in fewer bits, they are taken in float64.
-    is_exact = torch.backends.mkldnn.matmul.fp32_precision in EXACT
+    is_exact = torch.backends.mkldnn.matmul.fp32_precision in EXACT  # type: ignore[attr-defined]
     wide = dtype if is_exact else torch.float64
     squares = []
     with torch.no_grad(), torch.autocast(batches[0].downs[0].device.type, enabled=False):
