@@ -82,8 +82,8 @@ def base_pass_of(
 class BasePasses:
     """Makes base passes of a network whose adapters may change between them.
 
-    The search of `base_pass_of` walks over all modules, some hundred milliseconds for thousands with
-    adapters; so it is done again only after something that it looks at was exchanged.
+    The search of `base_pass_of` walks over all modules, some hundred milliseconds for thousands of
+    them; so it is done again only after something that it looks at was exchanged.
 
     Args:
         network: As of `base_pass_of`.
