@@ -119,10 +119,10 @@ class AnchoredAdamW(Optimizer):
     several processes for those that were changed between being given and the first step, where the
     anchor is "start" (DistributedDataParallel gives all processes the first one's values): make
     the optimizer after the wrap, or take "first_step". A clip outside does not see the anchor;
-    ``max_grad_norm`` does. A GradScaler unscales before the step, and
-    leaves it out where gradients are not finite. ``torch.compile`` leaves it as it is. DTensors
-    (``fully_shard``) are worked on where they lie, with penalty and norm of the whole; "effective",
-    "8bit", "stochastic", "host" and working copies are refused for them.
+    ``max_grad_norm`` does. A GradScaler unscales before the step, and leaves it out where gradients
+    are not finite. ``torch.compile`` leaves it as it is. DTensors (``fully_shard``) are worked on
+    where they lie, with penalty and norm of the whole; "effective", "8bit", "stochastic", "host"
+    and working copies are refused for them.
 
     Launches on a GPU: two for each group (two for each piece of anchors from the host) and one for
     all, whatever the number of tensors, after those of the effective form's penalty. Float64, and
@@ -278,6 +278,7 @@ class AnchoredAdamW(Optimizer):
                 self.skipped = torch.zeros((), dtype=torch.bool, device=self._device())
         return loss
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or fill them with zeros, as ``torch.optim.Optimizer`` does."""
         if set_to_none:
