@@ -18,9 +18,8 @@ export HF_HUB_OFFLINE ?= 1
 	touch $@
 
 DEMO := demo-run
-# Rates and weight suit the mini model; full-size models have other ones, which the recipes say.
 DEMO_RUN := --model mini-sdxl --photos $(DEMO)/photos --class-noun robot --steps 400 --batch-size 4 \
-	--rank 16 --learning-rate 2e-3 --seed 0 --no-samples --overwrite
+	--seed 0 --no-samples --overwrite
 
 # The two runs side by side, one a core; each one's output in one piece, at its end.
 demo: .venv/installed
@@ -33,7 +32,7 @@ demo-lora:
 	$(BIN)/fastppt train --recipe lora $(DEMO_RUN) --output $(DEMO)/lora
 
 demo-ppt-lora:
-	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --anchor-weight 0.003 --output $(DEMO)/ppt-lora
+	$(BIN)/fastppt train --recipe ppt-lora $(DEMO_RUN) --output $(DEMO)/ppt-lora
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

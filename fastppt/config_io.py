@@ -46,13 +46,19 @@ REQUIRED = {
 }
 
 
-def load_recipe(name: str, family: str | None = None) -> tuple[Recipe, Table]:
+def load_recipe(
+    name: str, family: str | None = None, model: str | None = None
+) -> tuple[Recipe, Table]:
     """Return a recipe's description and its part of a run.
+
+    A recipe may have variants. A `[[variant]]` for some of its families is a part of a run that
+    lies over the rest; its stages replace those of the rest whole. One for some embedded models
+    has `settings`, by dotted keys.
 
     Args:
         name: Of the recipe.
-        family: Of the model. A recipe may have a `[[variant]]` for some of its families, a part of
-            a run that lies over the rest; its stages replace those of the rest whole.
+        family: Of the model.
+        model: Name of an embedded model.
 
     Raises:
         UserError: there is no recipe of that name; the nearest one is named.
@@ -65,8 +71,11 @@ def load_recipe(name: str, family: str | None = None) -> tuple[Recipe, Table]:
     table = tomllib.loads(recipe_text(name))
     described = {key: table.pop(key) for key in Recipe.model_fields}
     for variant in table.pop("variant", ()):
-        if family in variant.pop("families"):
+        if family in variant.pop("families", ()):
             table = _merge(table, variant)
+        elif model in variant.pop("models", ()):
+            for key, value in variant["settings"].items():
+                _set_key(table, key, value)
     return Recipe.model_validate(described), table
 
 
@@ -90,7 +99,7 @@ def build_config(
     A ``[[stage]]`` list in the file replaces the recipe's stages whole, so that a file which a run
     wrote gives that run again. Without a recipe, and without stages in the file, the recipe is
     ``ppt-lora``. A recipe that differs by family is that of the model's; without a model, that of
-    its first family.
+    its first family. An embedded model that is given by name may have settings of its own in it.
 
     Args:
         recipe: Name of a recipe; wins over the file's ``recipe``.
@@ -148,35 +157,40 @@ def _lay(
         if recipe is not None and recipe != table.get("recipe"):
             # Another recipe than the file's was asked for by flag: its stages win.
             table.pop("stage", None)
-        family = _model_family(table, settings) if _varies(name, table) else None
-        table = _merge(load_recipe(name, family)[1], table) | {"recipe": name}
+        varied = _varied(name) if "stage" not in table else set()
+        model = _model(table, settings) if varied else ModelConfig()
+        family = _family(model) if "families" in varied else None
+        table = _merge(load_recipe(name, family, model.path)[1], table) | {"recipe": name}
     for key, value in settings:
         _set_key(table, key, value)
     return name, table
 
 
-def _varies(name: str, table: Table) -> bool:
-    """Say whether the stages of a run come from a recipe that has others for other families."""
-    return (
-        "stage" not in table and name in RECIPES and "variant" in tomllib.loads(recipe_text(name))
-    )
+def _varied(name: str) -> set[str]:
+    """Return what the variants of a recipe are for: "families", "models", both or nothing."""
+    variants = tomllib.loads(recipe_text(name)).get("variant", ()) if name in RECIPES else ()
+    return {what for variant in variants for what in ("families", "models") if what in variant}
 
 
-def _model_family(table: Table, settings: Sequence[tuple[str, Any]]) -> str | None:
-    """Return the family of the model that file and settings give; None without one.
-
-    Raises:
-        UserError: there is no such model, or it is of no known family.
-    """
+def _model(table: Table, settings: Sequence[tuple[str, Any]]) -> ModelConfig:
+    """Return the model that file and settings give; the default where it is refused later."""
     given = {"model": dict(table["model"])} if isinstance(table.get("model"), dict) else {}
     for key, value in settings:
         if key.partition(".")[0] == "model":
             _set_key(given, key, value)
     try:
-        model = ModelConfig.model_validate(given.get("model", {}))
+        return ModelConfig.model_validate(given.get("model", {}))
     except (ValidationError, RecursionError):
         # It is refused with the rest of the configuration.
-        return None
+        return ModelConfig()
+
+
+def _family(model: ModelConfig) -> str | None:
+    """Return the family of a model; None where none is given.
+
+    Raises:
+        UserError: there is no such model, or it is of no known family.
+    """
     if model.path is None:
         return None
     # Imported where a recipe asks: it takes seconds.

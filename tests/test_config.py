@@ -22,8 +22,8 @@ from fastppt.config_io import (
     render_toml,
 )
 from fastppt.errors import UserError
-from fastppt.families.names import FAMILY_NAMES
-from fastppt.stage_config import AttentionAlignmentConfig
+from fastppt.families.names import FAMILY_NAMES, MINI_MODELS
+from fastppt.stage_config import AttentionAlignmentConfig, StageConfig
 from fastppt.trainables_config import NETWORK_TRAINABLES
 
 
@@ -118,7 +118,7 @@ def test_variants_are_of_the_recipe_s_own_families_and_differ() -> None:
     for name in RECIPES:
         recipe, plain = load_recipe(name)
         variants = tomllib.loads(recipe_text(name)).get("variant", [])
-        named = [family for variant in variants for family in variant["families"]]
+        named = [family for variant in variants for family in variant.get("families", [])]
         # The first family has none, so that the recipe reads as it is where no model is given.
         assert set(named) < set(recipe.families) and len(set(named)) == len(named)
         assert recipe.families[0] not in named
@@ -126,6 +126,35 @@ def test_variants_are_of_the_recipe_s_own_families_and_differ() -> None:
             _, table = load_recipe(name, family)
             assert (table != plain) == (family in named), (name, family)
             RunConfig.model_validate(table)
+
+
+def test_an_embedded_model_has_settings_of_its_own() -> None:
+    def stage(recipe: str, model: str) -> StageConfig:
+        return build_config(recipe, settings=[("model.path", model)]).stage[0]
+
+    held, other = stage("ppt-lora", "mini-sdxl"), stage("ppt-lora", "some/model")
+    assert held.objectives.anchor.weight == 3e-3 and other.objectives.anchor.weight == 1e-3
+    assert held.objectives.anchor.form == other.objectives.anchor.form
+    plain = stage("lora", "mini-sdxl")
+    assert held.trainables == plain.trainables != other.trainables
+    assert other == build_config("ppt-lora").stage[0] == stage("ppt-lora", "mini-sd")
+    # They lie over those of its family, and under the user's.
+    word = stage("textual-inversion", "mini-sdxl")
+    assert (word.gradient_accumulation, word.optimizer.max_grad_norm) == (1, 0.0)
+    given = [("model.path", "mini-sdxl"), ("stage.0.trainables.lora.rank", 5)]
+    assert build_config("ppt-lora", settings=given).stage[0].trainables.lora.rank == 5
+
+
+def test_settings_of_embedded_models_are_of_models_that_there_are() -> None:
+    for name in RECIPES:
+        table = tomllib.loads(recipe_text(name))
+        for variant in table.get("variant", []):
+            for model in variant.get("models", []):
+                assert MINI_MODELS[model] in table["families"], name
+                assert variant.keys() == {"models", "settings"}
+                _, own = load_recipe(name, MINI_MODELS[model], model)
+                assert own != load_recipe(name, MINI_MODELS[model])[1]
+                RunConfig.model_validate(own)
 
 
 def test_every_setting_has_a_sentence() -> None:
@@ -362,8 +391,8 @@ def test_recipes_say_what_they_are(name: str) -> None:
 def test_recipe_that_does_not_fit_names_its_families_and_the_recipes_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def for_two_families(name: str, family: str | None = None) -> object:
-        recipe, table = load_recipe(name, family)
+    def for_two_families(name: str, *model: str | None) -> object:
+        recipe, table = load_recipe(name, *model)
         families = ["sd", "sdxl"] if name == "ppt-lora" else ["sd3"]
         return recipe.model_copy(update={"families": families}), table
 

@@ -128,8 +128,9 @@ def entries(section: BaseModel, wanted: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("recipe", "family"), PUBLISHED)
 def test_recipe_has_the_settings_that_are_published(recipe: str, family: str) -> None:
-    settings = [("model.path", f"mini-{family}"), ("prompts.class_noun", "toy")]
-    config = build_config(recipe, settings=settings)
+    _, table = load_recipe(recipe, family)
+    words = table.get("prompts", {}) | {"class_noun": "toy"}
+    config = RunConfig.model_validate(table | {"prompts": words})
     prompts, stages = PUBLISHED[recipe, family]
     assert (subject_prompt(config.prompts), class_prompt(config.prompts)) == prompts
     assert len(config.stage) == len(stages)

@@ -1,7 +1,7 @@
 import json
-import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -20,6 +20,7 @@ from bench.preservation_claims import (
     MONOTONE,
 )
 from bench.preservation_plan import (
+    ANCHOR_WEIGHT,
     APT,
     APT_ADDED,
     APT_BASE,
@@ -38,6 +39,7 @@ from bench.preservation_plan import (
 from bench.preservation_statistics import (
     NOT_SHOWN,
 )
+from fastppt.config_io import recipe_text
 from fastppt.families.loading import detect_family
 from fastppt.mini.world import NOUNS
 
@@ -196,9 +198,31 @@ def test_anchor_weights_are_those_that_the_committed_numbers_calibrate():
     assert json.loads(newest.read_text())["calibrated anchor weights"] == weights
 
 
+def test_recipes_have_for_the_mini_model_what_was_calibrated():
+    seen = {}
+    for method in METHODS:
+        if method.name != method.recipe or method.family != "sdxl":
+            continue
+        (own,) = [
+            variant["settings"]
+            for variant in tomllib.loads(recipe_text(method.recipe))["variant"]
+            if variant.get("models") == ["mini-sdxl"]
+        ]
+        measured = Plan(1, 1).settings_of(method)
+        assert own.items() <= measured.items(), method.name
+        # All that is measured, but for how class images are sampled.
+        assert all("prior_preservation" in key for key in measured.keys() - own.keys())
+        seen[method.name] = own.get(ANCHOR_WEIGHT)
+    assert seen[PPT_LORA] == LORA_ANCHOR_WEIGHT and len(seen) == 9
+
+
 def test_the_demo_holds_by_the_calibrated_weight():
-    (given,) = re.findall(r"--anchor-weight (\S+)", (ROOT / "Makefile").read_text())
-    assert float(given) == LORA_ANCHOR_WEIGHT
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    (train,) = [line for line in lines if f"--recipe {PPT_LORA}" in line]
+    (both,) = [line for line in lines if line.startswith("DEMO_RUN")]
+    # What the recipe has for the model, that is.
+    assert "--model mini-sdxl" in both and "anchor" not in both + train
+    assert not {"--rank", "--learning-rate", "--set"} & {*both.split(), *train.split()}
 
 
 @pytest.mark.slow

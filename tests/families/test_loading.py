@@ -383,8 +383,8 @@ def test_a_checkpoint_that_is_not_there_is_no_hub_id() -> None:
 def test_a_recipe_for_other_families_is_refused_before_anything_is_loaded(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_sdxl(name: str) -> object:
-        recipe, table = load_recipe(name)
+    def without_sdxl(name: str, *model: str | None) -> object:
+        recipe, table = load_recipe(name, *model)
         return recipe.model_copy(update={"families": ["sd3"]}), table
 
     load_recipe = config_io.load_recipe
