@@ -408,7 +408,7 @@ def test_card_and_metadata_say_what_pulled_and_what_held(
     plain = model_card(
         make_config(photos__resolution=64), family, Trainables({"lora": adapters}), 5, 1.0
     )
-    assert "| denoising 1 (uniform), anchor 0.001 (effective) |" in plain
+    assert "| denoising 1 (uniform), anchor 0.003 (effective) |" in plain
 
 
 def test_model_card_of_a_family_without_kohya_form_names_comfyui_alone(

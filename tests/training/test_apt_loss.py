@@ -17,7 +17,7 @@ from fastppt.training.batch import draw
 from fastppt.training.metric_names import loss_names
 from fastppt.training.step import accumulate_gradients
 from tests.training.objective_steps import OBJECTIVES, load, prepared_trainables
-from tests.training.plain_step import PlainNetwork, plain_terms
+from tests.training.plain_step import TEMPERATURES, PlainNetwork, plain_terms
 from tests.training.plain_text import PlainText
 
 MakeConfig = Callable[..., RunConfig]
@@ -65,6 +65,10 @@ def test_loss_and_every_gradient_of_apt_follow_the_equations(
         # At 32 the middle of mini-sd is a single pixel, whose attention is no choice.
         "photos.resolution": 64,
         f"{TRAINABLES}.tokens.vectors": VECTORS[model],
+        # The recipe has another one for mini-sdxl; the others take their family's.
+        f"{OBJECTIVES}.denoising.temperature": TEMPERATURES[model]
+        if model == "mini-sdxl"
+        else None,
     }
     step, trainables = prepared_trainables(
         make_config("apt", **settings), load(model, torch.float64)
