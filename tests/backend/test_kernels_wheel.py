@@ -90,7 +90,9 @@ def make_environment(tmp_path: Path) -> MakeEnvironment:
             if name not in leave_out:
                 tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
                 for top in tops:
-                    (packages / top).symlink_to(Path(str(found.locate_file(top))))
+                    # Several distributions may share a folder, such as nvidia.
+                    if not (packages / top).exists():
+                        (packages / top).symlink_to(Path(str(found.locate_file(top))))
         return packages
 
     return make

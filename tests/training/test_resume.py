@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import partialmethod
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -590,7 +591,7 @@ def test_another_machine_and_other_encodings_are_noted(stopped: Path) -> None:
     table["identity"]["encodings"] = "0"
     file.write_text(json.dumps(table))
     text = said(stopped)
-    assert f"note: torch was 1.0 and is {torch.__version__}; photos, class images or" in text
+    assert f"note: torch was 1.0 and is {version('torch')}; photos, class images or" in text
 
 
 def test_rows_of_metrics_that_are_gone_are_noted(stopped: Path) -> None:

@@ -181,7 +181,13 @@ def _attention_backward_op(
 
 
 # PyTorch's own operations know what their results look like, strides and all.
-_attention_op.register_fake(attend)
+@_attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    output, logsumexp = attend(query, key, value, scale)
+    # But for the logsumexp of float64, which is float32 by what torch 2.11 says of it.
+    return output, logsumexp.double() if query.dtype == torch.float64 else logsumexp
+
+
 _attention_backward_op.register_fake(backpropagate_attention)
 
 
