@@ -5,12 +5,14 @@ ops, the optimizer and whole steps against what a trainer would write, on the GP
 up; what no longer fits is listed as not measured. One JSON is left, written anew after every
 workload. If the tests were not green its name begins with "red-", and no table is made from it.
 
+A fault that spoils the GPU for the process costs one workload: a fresh process measures the rest.
+
 ``--group race`` measures whole jobs instead (`bench.race_gpu`), each model's in a file of its own.
 """
 
 import argparse
-import gc
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -22,22 +24,19 @@ from pathlib import Path
 
 import torch
 
-from bench.attention import count_maps
+from bench.gpu_state import free_memory, is_spoiled, without_collection
+from bench.gpu_targets import MAIN_ATTENTION, MAIN_WORKLOAD, list_targets
 from bench.gpu_tests import TRAINER_NEEDS, run_gpu_tests
 from bench.machine import copy_bandwidth, describe_machine
 from bench.race_gpu import GpuRace, list_race_targets, list_races
 from bench.rows import (
     WARM_UP_CALLS,
     Row,
-    describe_target,
-    find_ratio,
-    find_row,
     print_rows,
     print_targets,
     time_workload,
     write_report,
 )
-from bench.shapes import ATTENTIONS
 from bench.step_plans import FIRST_PLANS, LAST_PLANS, StepPlan
 from bench.step_rows import list_gpu_targets
 from bench.suites import (
@@ -74,11 +73,10 @@ SECONDS = 2.0
 # Less than this is left for no workload.
 LEAST_SECONDS = 10.0
 LEAST_COMPILE_SECONDS = 60.0
+# What a fresh process takes to import torch, before it looks at the clock.
+FRESH_SECONDS = 10.0
 
-MAIN_WORKLOAD = "SDXL, rank 32"
 ADAPTERS = ("SDXL, rank 4", "SDXL, rank 128", "SD3-M, rank 32", "SD1.5, rank 32")
-# All 36 layers.
-MAIN_ATTENTION = "SDXL attention"
 JOINT_LAYERS = tuple(f"SD3-M attention, {num_text} text tokens, a layer" for num_text in (154, 333))
 
 
@@ -208,6 +206,12 @@ def list_plans() -> tuple[Plan | StepPlan, ...]:
 GROUPS = {"speed": "gpu", "race": "race-gpu"}
 # What a slower or smaller GPU may meet, and what is no fault.
 TOO_LARGE = (OutOfTimeError, torch.OutOfMemoryError)
+# Why a workload has not been begun.
+NOT_REACHED = "the time was up"
+
+
+class SpoiledError(Exception):
+    """The GPU is of no more use to this process, and workloads are left."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,6 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--even-if-red", action="store_true", help="measure although the GPU tests are not green"
     )
+    go_on_help = (
+        "measure what this report has not reached: the command does it itself after a fault"
+    )
+    parser.add_argument("--go-on", type=Path, metavar="REPORT", help=go_on_help)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("bench.gpu: unset TRITON_INTERPRET, which runs no kernel on a GPU", file=sys.stderr)
@@ -240,32 +248,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + options.seconds
     # Before the tests: what cannot be imported is known at once.
     plans = list_races(options.out) if is_race else list_plans()
+    path, report = read_report(options.go_on) if options.go_on else test_first(options)
+    is_red = bool(report["tests"]["stop"])
+    if is_red and not options.even_if_red:
+        print(f"nothing is measured without --even-if-red; written: {path}")
+        return 1
+    if is_race and is_red:
+        plans = list_races(options.out, is_red=True)
+    targets = list_race_targets if is_race else list_all_targets
+    try:
+        if "copy gb/s" not in report:
+            report |= {"copy gb/s": copy_bandwidth("cuda")}
+        report = measure(plans, report, path, end, targets=targets)
+    except SpoiledError as error:
+        print(f"{error}; a fresh process measures the rest", flush=True)
+        return go_on(options, path, end)
+    print_targets(report["targets"])
+    for row in [*report["refused"], *report["not measured"]]:
+        print(f"  {row}")
+    print(f"written: {path}")
+    failed = any(entry["failed"] for entry in report["not measured"])
+    return 1 if is_red or report["refused"] or failed else 0
+
+
+def test_first(options: argparse.Namespace) -> tuple[Path, Row]:
+    """Run the tests; return the report that they begin, as written, and where."""
     tests = run_gpu_tests(min(TEST_SECONDS, options.seconds / 2))
     print(f"gpu tests ({tests['folder']}): {tests['passed']} passed, {tests['failed']} failed")
     machine = describe_machine("cuda")
     name = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
     file_name = f"{GROUPS[options.group]}-{name}-{machine['date']}.json"
     if tests["stop"]:
-        plans = list_races(options.out, is_red=True) if is_race else plans
         path = options.out / f"red-{file_name}"
-        print(f"{tests['output']}\nbench.gpu: {tests['stop']}")
+        print(f"{tests['output']}\nbench.gpu: {tests['stop']}", flush=True)
     else:
         path = options.out / file_name
         tests = {key: value for key, value in tests.items() if key != "output"}
     report = {"machine": machine, "tests": tests}
     write_report(path, report)
-    if tests["stop"] and not options.even_if_red:
-        print(f"nothing is measured without --even-if-red; written: {path}")
-        return 1
-    report |= {"copy gb/s": copy_bandwidth("cuda")}
-    targets = list_race_targets if is_race else list_all_targets
-    report = measure(plans, report, path, end, targets=targets)
-    print_targets(report["targets"])
-    for row in [*report["refused"], *report["not measured"]]:
-        print(f"  {row}")
-    print(f"written: {path}")
-    failed = any(entry["failed"] for entry in report["not measured"])
-    return 1 if tests["stop"] or report["refused"] or failed else 0
+    return path, report
+
+
+def read_report(path: Path) -> tuple[Path, Row]:
+    return path, json.loads(path.read_text())
+
+
+def go_on(options: argparse.Namespace, path: Path, end: float) -> int:
+    """Become a fresh process that measures what the report has not reached."""
+    left = max(end - time.monotonic() - FRESH_SECONDS, 0.0)
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(options.out)]
+    command += ["--group", options.group, "--seconds", f"{left:.1f}"]
+    command += ["--go-on", str(path), *["--even-if-red"] * options.even_if_red]
+    os.execv(sys.executable, command)
 
 
 def measure(
@@ -278,20 +312,31 @@ def measure(
     modes: Sequence[str] = ("captured", "eager"),
     targets: Callable[[Sequence[Row]], list[Row]] | None = None,
 ) -> Row:
-    """Work through the plans until ``end``, of time.monotonic(); return the report, as written."""
-    rows: list[Row] = []
-    refused: list[Row] = []
-    not_measured = [
-        {"plan": str(plan), "mode": mode, "why": "the time was up", "failed": False}
-        for plan in plans
-        for mode in plan.modes(modes)
-    ]
+    """Work through the plans until ``end``, of time.monotonic(); return the report, as written.
+
+    A report that holds rows already is gone on with: plans that it has reached are left out.
+
+    Raises:
+        SpoiledError: a plan has spoiled the GPU for this process; the report as written says which.
+    """
+    rows: list[Row] = report.get("rows", [])
+    refused: list[Row] = report.get("refused", [])
+    not_measured: list[Row] = report.get(
+        "not measured",
+        [
+            {"plan": str(plan), "mode": mode, "why": NOT_REACHED, "failed": False}
+            for plan in plans
+            for mode in plan.modes(modes)
+        ],
+    )
+    waiting = {(e["plan"], e["mode"]): e for e in not_measured if e["why"] == NOT_REACHED}
     for plan in plans:
         for mode in plan.modes(modes):
             left = end - time.monotonic()
-            entry = next(e for e in not_measured if (e["plan"], e["mode"]) == (str(plan), mode))
-            if left >= plan.least_seconds:
-                print(f"{plan}, {mode}")
+            entry = waiting.get((str(plan), mode))
+            fault = None
+            if entry is not None and left >= plan.least_seconds:
+                print(f"{plan}, {mode}", flush=True)
                 try:
                     seconds = min(left, plan.most_seconds)
                     with at_most(seconds):
@@ -302,25 +347,23 @@ def measure(
                 except Exception as error:
                     if not isinstance(error, TOO_LARGE):
                         traceback.print_exc()
-                    why = f"{type(error).__name__}: {error}".splitlines()[0]
-                    entry |= {"why": why, "failed": not isinstance(error, TOO_LARGE)}
-                    print(f"  not measured: {why}")
+                    fault = f"{type(error).__name__}: {error}".splitlines()[0]
+                    entry |= {"why": fault, "failed": not isinstance(error, TOO_LARGE)}
+                    print(f"  not measured: {fault}", flush=True)
                 else:
                     plan.show(timed)
                     rows += timed
                     refused += refusals
                     not_measured.remove(entry)
+                    # A way that died, which the others of its plan have outlived.
+                    fault = refusals[-1]["refused"] if refusals else None
             wanted = (targets or list_all_targets)(rows)
             report |= {"targets": wanted, "rows": rows, "refused": refused}
             report |= {"not measured": not_measured}
             write_report(path, report)
+            if fault is not None and is_spoiled(device):
+                raise SpoiledError(f"{plan}, {mode} has spoiled the GPU for its process ({fault})")
     return report
-
-
-def free_memory(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def capture(way: Way) -> Way:
@@ -332,7 +375,12 @@ def capture(way: Way) -> Way:
             way.call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream the current one.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        without_collection(),
+        torch.cuda.graph(graph),
+    ):
         result = way.call()
 
     def replay() -> object:
@@ -345,45 +393,6 @@ def capture(way: Way) -> Way:
 def list_all_targets(rows: Sequence[Row]) -> list[Row]:
     """Return what is asked of ops and steps, beside what was measured."""
     return list_targets(rows) + list_gpu_targets(rows)
-
-
-def list_targets(rows: Sequence[Row]) -> list[Row]:
-    """Return what is asked, beside what was measured."""
-    return _list_optimizer_targets(rows) + _list_attention_targets(rows)
-
-
-def _list_optimizer_targets(rows: Sequence[Row]) -> list[Row]:
-    labels = {"workload": MAIN_WORKLOAD, "mode": "captured", "form": "raw", "suite": "optimizer"}
-    targets = []
-    for kind, suffix in (("in one arena", ", arena"), ("as 1120 tensors", "")):
-        what = f"fused anchor+clip+AdamW, {MAIN_WORKLOAD}, {kind}"
-        ours = "AnchoredAdamW" + suffix
-        row = find_row(rows, way=ours, **labels)
-        share = None if row is None else row["share of copy"]
-        # The strongest form that a trainer would have: fused, and of its own kind of tensors.
-        baseline = "foreach + AdamW(fused)" + suffix
-        ratio = find_ratio(rows, ours, baseline, **labels)
-        targets.append(describe_target(f"{what}: share of the copy bandwidth", 0.8, share))
-        targets.append(describe_target(f"{what}: times faster than {baseline}", 1.3, ratio))
-    return targets
-
-
-def _list_attention_targets(rows: Sequence[Row]) -> list[Row]:
-    suite = ATTENTION_ALIGNMENT_BF16
-    labels = {"suite": suite.name, "form": suite.form, "workload": MAIN_ATTENTION}
-    labels["way"] = "attention_alignment_loss"
-    captured, eager = (find_row(rows, mode=mode, **labels) for mode in ("captured", "eager"))
-    # A captured call allocated its own at the capture.
-    extra_bytes = None if eager is None else eager["extra bytes"]
-    map_bytes = 4 * count_maps(ATTENTIONS[MAIN_ATTENTION])
-    share = None if extra_bytes is None else extra_bytes / map_bytes
-    what = "attention alignment, SDXL's 36 layers: "
-    return [
-        describe_target(f"{what}ms, at most", 0.6, captured and captured["p50 ms"], at_most=True),
-        describe_target(
-            f"{what}extra memory over one float32 map set, at most", 0.25, share, at_most=True
-        ),
-    ]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from pathlib import Path
 
 from bench import ROOT
@@ -16,12 +17,19 @@ from bench.rows import Row
 # What tests/conftest.py imports beside torch. Without them only the kernels can be tested.
 TRAINER_NEEDS = ("diffusers", "transformers", "pydantic", "tomli_w", "PIL", "safetensors")
 
-# Tests wait for compilers most of the time, and what they put on the GPU is small.
-NUM_PROCESSES = 4
+# Tests wait for compilers most of the time, and what they put on the GPU is small. So many, and no
+# more than half of the cores: torch.compile has workers of its own.
+NUM_PROCESSES = 8
+# Of each process: its default, all cores, is far too many beside one another.
+COMPILE_THREADS = 2
+# Until pytest has ended its workers and told what it knows, once it is interrupted.
+GRACE_SECONDS = 20.0
+# Tests that took longest, which are told.
+NUM_SLOWEST = 20
 
 
 def run_gpu_tests(seconds: float) -> Row:
-    """Run the gpu-marked tests.
+    """Run the gpu-marked tests: the kernels' first, the benches' last.
 
     Returns:
         Their counts; `stop`, why nothing should be measured, or None; and `notes`, the numbers that
@@ -29,17 +37,25 @@ def run_gpu_tests(seconds: float) -> Row:
     """
     whole = all(importlib.util.find_spec(name) for name in TRAINER_NEEDS)
     folder = "tests" if whole else "tests/kernels"
+    places = list_places(ROOT / "tests") if whole else [folder]
     # Without the trainer's packages the conftest.py above the folder cannot be imported.
     cut = [] if whole else [f"--confcutdir={folder}"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # The plugin's, and that of what is not installed, for the processes that tests start.
+    root = Path(__file__).parents[1]
+    paths = [str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(COMPILE_THREADS))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         counts_file = Path(scratch) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "bench.gpu_plugin", f"--durations={NUM_SLOWEST}"]
         # The form that has a place for what tests note.
-        command += [f"--junitxml={counts_file}", "-o", "junit_family=xunit1", *cut, folder]
+        command += [f"--junitxml={counts_file}", "-o", "junit_family=xunit1", *cut, *places]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(NUM_PROCESSES), "--dist", "load"]
+            num_processes = max(1, min(NUM_PROCESSES, (os.cpu_count() or 1) // 2))
+            command += ["-n", str(num_processes), "--dist", "load"]
         code, output = run_within(command, seconds, environment)
         counts, notes = count_tests(counts_file), list_notes(counts_file)
     if code is None:
@@ -55,10 +71,24 @@ def run_gpu_tests(seconds: float) -> Row:
     return found | {"notes": notes}
 
 
+def list_places(tests: Path) -> list[str]:
+    """Return what of the tests is run, in the order of what a fault in it would spoil."""
+    found = [
+        place
+        for place in sorted(tests.iterdir())
+        if place.match("test_*.py") or any(place.glob("**/test_*.py"))
+    ]
+    order = {"kernels": -1, "bench": 1}
+    found.sort(key=lambda place: order.get(place.name, 0))
+    return [str(place.relative_to(tests.parent)) for place in found]
+
+
 def run_within(
     command: list[str], seconds: float, environment: dict[str, str]
 ) -> tuple[int | None, str]:
     """Run a command at the top of the repository, and stop it with all it started when time is up.
+
+    It is interrupted first, as by Ctrl-C: pytest then tells what it has found.
 
     Returns:
         Its exit code, None if the time was up; and what it and its processes printed until then.
@@ -75,8 +105,17 @@ def run_within(
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            process.send_signal(signal.SIGINT)
+            output, until = None, time.monotonic() + GRACE_SECONDS
+            # What it started may hold its output open for longer than it lasts itself.
+            while output is None and process.poll() is None and time.monotonic() < until:
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=0.5)
+            # It may be gone, and what it started not.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if output is None:
+                output, _ = process.communicate()
             return None, output
     return process.returncode, output
 

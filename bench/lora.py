@@ -190,12 +190,9 @@ def lora_errors(problem: LoraProblem, way: Way, wanted: Outcome) -> Errors:
     downs = [part for down in of_adapters[:num_groups] for part in down.split(rank)]
     ups = [part for up in of_adapters[num_groups:] for part in up]
     kind = "gradients" if problem.dtype == torch.float32 else "narrow gradients of projections"
-    return {
-        kind: max(
-            worst_error([torch.stack(list(group)) for group in outputs], wanted_outputs),
-            worst_error(grads, [*of_inputs, *downs, *ups]),
-        )
-    }
+    given = [*(torch.stack(list(group)) for group in outputs), *grads]
+    # Not the larger of two: max() would drop a NaN that is not first.
+    return {kind: worst_error(given, [*wanted_outputs, *of_inputs, *downs, *ups])}
 
 
 def count_lora_flops(shapes: Sequence[Shape]) -> int:

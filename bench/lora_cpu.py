@@ -126,9 +126,9 @@ def check_networks(networks: dict[str, Network]) -> float:
     """Return by how much prediction or gradients differ; raise DisagreementError if by too much."""
     predictions = [network_pass(n.unet, n.zero_grads)() for n in networks.values()]
     ours, theirs = (n.grads() for n in networks.values())
-    given = [grad for name in theirs for grad in ours[name]]
-    wanted = [grad.double() for pair in theirs.values() for grad in pair]
-    error = max(worst_error(given, wanted), worst_error(predictions[:1], [predictions[1].double()]))
+    given = [predictions[0], *(grad for name in theirs for grad in ours[name])]
+    wanted = [predictions[1], *(grad for pair in theirs.values() for grad in pair)]
+    error = worst_error(given, [tensor.double() for tensor in wanted])
     return refuse_if_wrong({"gradients": error}, BASELINE_TOLERANCES)
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from bench.interleave import interleave, stopwatch_of
 from bench.problems import DisagreementError, Problem
 from bench.suites import ARENA, COMPILE, Suite, Workload
+from bench.time_limit import OutOfTimeError
 from bench.ways import Way
 
 Row = dict[str, object]
@@ -37,6 +39,8 @@ def time_workload(
 ) -> tuple[list[Row], list[Row]]:
     """Return a row for each way that agrees with the reference, and the refusals of the others.
 
+    A way that dies is refused too, with what it died of; if all do, the last one's error is raised.
+
     Args:
         suite: What is done.
         workload: On which tensors.
@@ -53,27 +57,19 @@ def time_workload(
     laps = 1 if capture is None else math.ceil(REPLAYS_A_TURN / num_sets)
     turns, extras, refusals = {}, {}, []
     for name in names:
-        if name.startswith(COMPILE):
-            torch.compiler.reset()
-        problem = sets[0].problem(name)
-        start = time.perf_counter()
-        made = suite.makers[name](problem)
-        made.call()
-        _synchronize(device)
-        first_call_s = time.perf_counter() - start
-        extra_bytes = _extra_bytes(made, device)
-        if capture is not None:
-            made = capture(made)
         try:
-            error = suite.check(name, problem, made, wanted)
+            turns[name], extras[name] = _prepare(suite, name, sets, wanted, device, capture, laps)
         except DisagreementError as disagreement:
             refusals.append(_label(suite, workload, name, mode) | {"refused": str(disagreement)})
-            continue
-        ways = [made, *(suite.makers[name](s.problem(name)) for s in sets[1:])]
-        if capture is not None:
-            ways[1:] = map(capture, ways[1:])
-        turns[name] = _turn(ways * laps)
-        extras[name] = {"error": error, "first call s": first_call_s, "extra bytes": extra_bytes}
+        except OutOfTimeError:
+            raise
+        # Whatever one way dies of, the others are timed.
+        except Exception as error:
+            if name == names[-1] and not turns:
+                raise
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            refusals.append(_label(suite, workload, name, mode) | {"refused": why})
     if not turns:
         return [], refusals
     timings = interleave(
@@ -92,6 +88,39 @@ def time_workload(
             | extras[name]
         )
     return rows, refusals
+
+
+def _prepare(
+    suite: Suite,
+    name: str,
+    sets: Sequence["_ProblemSet"],
+    wanted: object,
+    device: str,
+    capture: Callable[[Way], Way] | None,
+    laps: int,
+) -> tuple[Callable[[], None], Row]:
+    """Return a way's turn, over all sets and so many times, and what is known of it by then.
+
+    Raises:
+        DisagreementError: its result is not the reference's.
+    """
+    if name.startswith(COMPILE):
+        torch.compiler.reset()
+    problem = sets[0].problem(name)
+    start = time.perf_counter()
+    made = suite.makers[name](problem)
+    made.call()
+    _synchronize(device)
+    first_call_s = time.perf_counter() - start
+    extra_bytes = _extra_bytes(made, device)
+    if capture is not None:
+        made = capture(made)
+    error = suite.check(name, problem, made, wanted)
+    ways = [made, *(suite.makers[name](s.problem(name)) for s in sets[1:])]
+    if capture is not None:
+        ways[1:] = map(capture, ways[1:])
+    known = {"error": error, "first call s": first_call_s, "extra bytes": extra_bytes}
+    return _turn(ways * laps), known
 
 
 def find_ratio(rows: Sequence[Row], way: str, baseline: str, **labels: object) -> float | None:

@@ -1,6 +1,7 @@
 """What takes a step in the step bench: our trainer by recipe and engine, and what it is held to."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -265,12 +266,17 @@ class TrainerStep:
 
 
 def compare_notes(found: Sequence[Notes], wanted: Sequence[Notes]) -> dict[str, float]:
-    """Return the largest relative difference in the steps' losses, and in their gradient norms."""
+    """Return the largest relative difference in the steps' losses, and in their gradient norms.
+
+    NaN where one of them is.
+    """
     pairs = list(zip(found, wanted, strict=True))
-    return {
-        name: max(abs(one[name] / other[name] - 1) for one, other in pairs)
-        for name in ("loss", "grad_norm")
-    }
+    worst = {}
+    for name in ("loss", "grad_norm"):
+        errors = [abs(one[name] / other[name] - 1) for one, other in pairs]
+        # max() would drop a NaN that is not first.
+        worst[name] = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return worst
 
 
 def make_peer(source: Source, ours: TrainerStep, **options: bool) -> DiffusersStep:

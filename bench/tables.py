@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import ROOT
-from bench.gpu import MAIN_WORKLOAD, list_targets
+from bench.gpu_targets import MAIN_WORKLOAD, list_targets
 from bench.option_tables import options_table
 from bench.preservation_tables import following_table, preservation_table
 from bench.rows import Row, find_row

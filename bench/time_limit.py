@@ -14,10 +14,14 @@ class OutOfTimeError(Exception):
 def at_most(seconds: float) -> Iterator[None]:
     """Raise OutOfTimeError in the block once the seconds are over: a compile asks nobody.
 
-    A block inside another's leaves that one's time as it is.
+    What the block makes of that error, as torch.compile makes one of its own, is one too. A block
+    inside another's leaves that one's time as it is.
     """
+    is_over = False
 
     def stop(signal_number: int, frame: object) -> None:
+        nonlocal is_over
+        is_over = True
         raise OutOfTimeError("the time was up")
 
     start = time.monotonic()
@@ -26,6 +30,10 @@ def at_most(seconds: float) -> Iterator[None]:
     outer_seconds, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
+    except Exception as error:
+        if is_over and not isinstance(error, OutOfTimeError):
+            raise OutOfTimeError("the time was up") from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

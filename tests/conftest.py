@@ -19,7 +19,8 @@ from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini import draw_demo_photos
 
-REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
+# Beside the repository, or in it where the repository alone can be brought along.
+REAL_PHOTOS = [root / "shared/data/dreambooth" for root in Path(__file__).parents[1:3]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,9 +99,10 @@ def real_photos():
     """Return a finder of folders of real photos; skips where there are none."""
 
     def find(subject: str) -> Path:
-        folder = REAL_PHOTOS / subject
-        if not folder.is_dir():
-            pytest.skip(f"no photos at {folder}")
-        return folder
+        folders = [photos / subject for photos in REAL_PHOTOS]
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is None:
+            pytest.skip(f"no photos at {' or '.join(map(str, folders))}")
+        return found
 
     return find

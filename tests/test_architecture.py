@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "training": {
         *CONFIG,
         *("config_io", "data", "errors", "families", "objectives", "outputs"),
-        "trainables",
+        *("trainables", ""),
     },
     "foreign": {*CONFIG, "errors", "families", "objectives", "trainables", "training"},
     "backend": {"foreign"},

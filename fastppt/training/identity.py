@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from fastppt import __version__
 from fastppt.data.buckets import Bucket
 from fastppt.data.class_images import ClassImages
 from fastppt.data.photos import Photo
@@ -18,7 +19,7 @@ from fastppt.errors import UserError
 from fastppt.families.base import Family
 from fastppt.training.checkpoint import Identity
 
-PACKAGES = ("fastppt", "torch", "diffusers", "transformers")
+PACKAGES = ("torch", "diffusers", "transformers")
 # Integer types to read the bits of an element of so many bytes with.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -163,8 +164,11 @@ def check_weights(saved: Identity, weights: str) -> None:
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return the versions and the device that numbers may depend on in their last bits."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**{package: version(package) for package in PACKAGES}, "device": name}
+    is_gpu = device.type == "cuda"
+    device_name = torch.cuda.get_device_name(device) if is_gpu else device.type
+    # Not of what is installed: a checkout may be run as it is.
+    versions = {"fastppt": __version__, **{name: version(name) for name in PACKAGES}}
+    return {**versions, "device": device_name}
 
 
 def _name(photo: Photo) -> str:

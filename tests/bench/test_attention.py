@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import attention, gpu
+from bench import attention, gpu, gpu_targets
 from bench.rows import time_workload
 from bench.shapes import ATTENTIONS
 from bench.suites import (
@@ -142,11 +142,11 @@ def test_flex_attention_is_a_compiled_way_of_the_joint_attention():
 def test_attention_targets_are_met_from_below():
     def row(mode, milliseconds, extra):
         labels = {"suite": "attention alignment", "form": "bfloat16", "mode": mode}
-        labels |= {"workload": gpu.MAIN_ATTENTION, "way": "attention_alignment_loss"}
+        labels |= {"workload": gpu_targets.MAIN_ATTENTION, "way": "attention_alignment_loss"}
         return labels | {"p50 ms": milliseconds, "extra bytes": extra}
 
     def targets(*rows):
-        return [t for t in gpu.list_targets(rows) if t["what"].startswith("attention")]
+        return [t for t in gpu_targets.list_targets(rows) if t["what"].startswith("attention")]
 
     assert [t["measured"] for t in targets()] == [None, None]
     met = targets(row("captured", 0.5, None), row("eager", 9.0, 26.5e6))

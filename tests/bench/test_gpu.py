@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -6,8 +7,10 @@ import time
 import pytest
 import torch
 
-from bench import ROOT, gpu, gpu_tests, step_plans
-from bench.gpu import Plan, list_targets, measure
+from bench import ROOT, gpu, gpu_targets, step_plans
+from bench.gpu import NOT_REACHED, Plan, SpoiledError, measure, read_report
+from bench.gpu_targets import list_targets
+from bench.rows import write_report
 from bench.step_plans import StepPlan
 from bench.step_ways import BASE_PASS, MODELS, NETWORK, PEERS, RECIPES
 from bench.suites import ANCHOR, COMPILE, OPTIMIZER, Suite, Workload
@@ -100,7 +103,95 @@ def test_a_failing_workload_is_named_and_the_next_is_measured(
     assert {row["suite"] for row in report["rows"]} == {"anchor"}
 
 
-def run_main(monkeypatch, tmp_path, *options, tests=GREEN, refused=(), not_measured=()):
+def test_a_spoiled_gpu_ends_the_process_and_a_fresh_one_measures_what_is_left(
+    monkeypatch, small_workloads, tmp_path
+):
+    def fail(problem):
+        raise RuntimeError("illegal memory access")
+
+    broken = Suite("broken", "raw", 4, {"op": fail}, lambda problem: None, None)
+    first, last = Plan(ANCHOR, "SDXL, rank 32"), Plan(OPTIMIZER, "SDXL, rank 32")
+    plans = [first, Plan(broken, "SDXL, rank 32"), last]
+    monkeypatch.setattr(gpu, "is_spoiled", lambda device: True)
+    with pytest.raises(SpoiledError, match=r"broken \(raw\), .*illegal memory access"):
+        measure_on_cpu(plans, tmp_path)
+    path = tmp_path / "gpu-it-2030-01-02.json"
+    _, left = read_report(path)
+    why = {entry["plan"]: entry["why"] for entry in left["not measured"]}
+    assert why == {str(plans[1]): "RuntimeError: illegal memory access", str(last): NOT_REACHED}
+    before = list(left["rows"])
+    assert {row["suite"] for row in before} == {"anchor"}
+    # The one that spoiled it, and the one that is measured, would do it again.
+    report = measure(plans, left, path, time.monotonic() + 60, device="cpu", modes=("eager",))
+    assert report["rows"][: len(before)] == before
+    assert {row["suite"] for row in report["rows"][len(before) :]} == {"optimizer"}
+    assert [entry["plan"] for entry in report["not measured"]] == [str(plans[1])]
+
+
+def test_a_way_that_died_is_looked_into_though_its_plan_has_rows(
+    monkeypatch, small_workloads, tmp_path
+):
+    plan = Plan(ANCHOR, "SDXL, rank 32")
+    refusals = [{"way": "lora, graph", "refused": "the step cannot be captured"}]
+    monkeypatch.setattr(Plan, "time", lambda *_: ([], refusals))
+    asked = []
+    monkeypatch.setattr(gpu, "is_spoiled", lambda device: asked.append(device) or True)
+    with pytest.raises(SpoiledError, match="cannot be captured"):
+        measure_on_cpu([plan], tmp_path)
+    assert asked == ["cpu"]
+    report = json.loads((tmp_path / "gpu-it-2030-01-02.json").read_text())
+    assert (report["refused"], report["not measured"]) == (refusals, [])
+
+
+def test_what_is_measured_is_not_asked_whether_it_spoiled_the_gpu(
+    monkeypatch, small_workloads, tmp_path
+):
+    monkeypatch.setattr(gpu, "is_spoiled", None)
+    report, _ = measure_on_cpu([Plan(ANCHOR, "SDXL, rank 32")], tmp_path)
+    assert report["rows"] and not report["not measured"]
+
+
+def test_the_command_goes_on_in_a_fresh_process_with_the_time_that_is_left(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
+
+    def spoil(*_):
+        raise SpoiledError("it")
+
+    red = GREEN | {"stop": "the gpu tests are red", "output": "E  assert 1 == 2"}
+    options = ("--seconds", "60", "--group", "race", "--even-if-red")
+    run_main(monkeypatch, tmp_path, *options, tests=red, on_measure=spoil)
+    (command,) = commands
+    path = tmp_path / "red-race-gpu-nvidia-h200-2030-01-02.json"
+    assert command[:3] == [sys.executable, "-m", "bench.gpu"]
+    assert 40 < float(command[command.index("--seconds") + 1]) <= 60 - gpu.FRESH_SECONDS
+    # Neither tests nor bandwidth anew; as red as before, and so is the file of a race.
+    begun = {"machine": {"gpu": "it"}, "tests": red, "copy gb/s": 3000.0}
+    begun |= {"rows": [{"way": "before"}]}
+    write_report(path, begun)
+    seen = []
+    code, paths = run_main(
+        monkeypatch,
+        tmp_path,
+        *command[3:],
+        tests=None,
+        on_measure=lambda plans, report: seen.append((plans, dict(report))),
+    )
+    assert (code, paths) == (1, [path])
+    ((plans, report),) = seen
+    assert report == begun
+    assert {plan.prefix for plan in plans} == {"red-"}
+
+
+def run_main(
+    monkeypatch,
+    tmp_path,
+    *options,
+    on_measure=lambda *_: None,
+    tests=GREEN,
+    refused=(),
+    not_measured=(),
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run_gpu_tests", lambda seconds: tests)
     machine = {"gpu": "NVIDIA H200", "date": "2030-01-02"}
@@ -110,6 +201,7 @@ def run_main(monkeypatch, tmp_path, *options, tests=GREEN, refused=(), not_measu
 
     def fake_measure(plans, report, path, end, *, targets):
         paths.append(path)
+        on_measure(plans, report)
         results = {"rows": [], "targets": targets([]), "refused": list(refused)}
         return report | results | {"not measured": list(not_measured)}
 
@@ -166,62 +258,6 @@ def test_a_refusal_or_a_failure_makes_the_exit_code_1(monkeypatch, tmp_path, wha
     assert run_main(monkeypatch, tmp_path, **what)[0] == code
 
 
-@pytest.fixture
-def gpu_tests_in(monkeypatch, tmp_path):
-    """Return what runs run_gpu_tests on a project of one test file."""
-
-    def run(body, *, needs=(), seconds=120.0):
-        folder = tmp_path / "tests" / "kernels"
-        folder.mkdir(parents=True)
-        (tmp_path / "tests" / "conftest.py").write_text("import no_such_trainer_package\n")
-        (tmp_path / "pyproject.toml").write_text(
-            "[tool.pytest.ini_options]\nmarkers = ['gpu: it']\n"
-            "addopts = ['--import-mode=importlib']\n"
-        )
-        (folder / "test_it.py").write_text(f"import pytest\nimport time\n\n{body}")
-        monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
-        monkeypatch.setattr(gpu_tests, "TRAINER_NEEDS", ("no_such_trainer_package",))
-        return gpu_tests.run_gpu_tests(seconds)
-
-    return run
-
-
-MARK = "@pytest.mark.gpu\n"
-
-
-@pytest.mark.slow
-def test_without_the_trainer_only_the_kernels_are_tested(gpu_tests_in):
-    tests = gpu_tests_in(f"{MARK}def test_a(): pass\n\ndef test_b(): assert False\n")
-    assert tests["stop"] is None, tests["output"]
-    assert (tests["folder"], tests["passed"], tests["failed"]) == ("tests/kernels", 1, 0)
-
-
-@pytest.mark.parametrize(
-    ("body", "why"),
-    [
-        pytest.param(
-            f"{MARK}def test_a(): pass\n\n{MARK}def test_b(): assert False\n",
-            "red",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            f"{MARK}def test_a(): pytest.skip()\n", "no gpu test passed", marks=pytest.mark.slow
-        ),
-        pytest.param("def test_a(): pass\n", "no gpu test passed", marks=pytest.mark.slow),
-        pytest.param("import no_such_module\n", "red", marks=pytest.mark.slow),
-    ],
-    ids=["a red test", "all skipped", "none there", "not collected"],
-)
-def test_gpu_tests_that_show_nothing_stop_the_report(gpu_tests_in, body, why):
-    tests = gpu_tests_in(body)
-    assert why in tests["stop"]
-
-
-def test_gpu_tests_that_take_too_long_stop_the_report(gpu_tests_in):
-    tests = gpu_tests_in(f"{MARK}def test_a(): time.sleep(60)\n", seconds=3)
-    assert "more than 3 s" in tests["stop"]
-
-
 def test_a_plan_of_compile_has_ours_beside_it_and_autograd_is_not_captured():
     names = Plan(OPTIMIZER, "SD1.5, rank 32", compiled=True).names("eager")
     assert names[:2] == ["AnchoredAdamW, arena", "AnchoredAdamW"]
@@ -233,7 +269,7 @@ def test_a_plan_of_compile_has_ours_beside_it_and_autograd_is_not_captured():
 
 def test_targets_compare_like_with_like():
     def row(way, milliseconds, share):
-        labels = {"suite": "optimizer", "form": "raw", "workload": gpu.MAIN_WORKLOAD}
+        labels = {"suite": "optimizer", "form": "raw", "workload": gpu_targets.MAIN_WORKLOAD}
         values = {"share of copy": share, "times ours": milliseconds / 0.5}
         return labels | {"mode": "captured", "way": way} | values
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -39,8 +40,9 @@ def test_every_way_agrees_with_the_reference_and_gets_a_row(suite):
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient of an input", "down", "up"])
+@pytest.mark.parametrize("factor", [1.03, math.nan])
 @pytest.mark.parametrize("suite", SUITES, ids=IDS)
-def test_a_wrong_result_is_refused_and_gets_no_time(suite, fault):
+def test_a_wrong_result_is_refused_and_gets_no_time(suite, factor, fault):
     def make(problem):
         call = suite.makers[OURS](problem).call
 
@@ -49,7 +51,7 @@ def test_a_wrong_result_is_refused_and_gets_no_time(suite, fault):
             outputs = [[output.clone() for output in group] for group in outputs]
             grads = [grad.clone() for grad in grads]
             place = {"gradient of an input": 0, "down": 2, "up": -1}.get(fault)
-            (outputs[1][0] if place is None else grads[place]).mul_(1.03)
+            (outputs[1][0] if place is None else grads[place]).mul_(factor)
             return outputs, grads
 
         return Way(wrong)

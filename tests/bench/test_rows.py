@@ -19,6 +19,7 @@ from bench.suites import (
     Workload,
     list_workload,
 )
+from bench.time_limit import OutOfTimeError
 from bench.ways import Way
 from fastppt_kernels.lora_anchor_penalty.reference import lora_anchor_penalty_reference
 
@@ -78,6 +79,50 @@ def test_a_wrong_gradient_is_refused_and_gets_no_time(factor):
 
 def test_the_right_factor_is_not_refused():
     assert time_small(replace_ours(ANCHOR, anchor_of_factor(1)))[1] == []
+
+
+def dying_of(error):
+    def make(problem):
+        def call():
+            raise error
+
+        return Way(call)
+
+    return make
+
+
+def test_what_one_way_dies_of_costs_no_other():
+    suite = replace_ours(ANCHOR, dying_of(RuntimeError("illegal memory access\nmore")))
+    rows, refusals = time_small(suite)
+    assert [row["way"] for row in rows] == ANCHOR.ways(compiled=False)[1:]
+    (refusal,) = refusals
+    assert refusal["way"] == "anchor_penalty_"
+    assert refusal["refused"] == "RuntimeError: illegal memory access"
+
+
+def test_a_capture_that_fails_costs_no_other_way():
+    def capture(way):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    failing = iter([capture])
+
+    def capture_but_once(way):
+        return next(failing, lambda way: way)(way)
+
+    rows, (refusal,) = time_small(ANCHOR, mode="captured", capture=capture_but_once)
+    assert [row["way"] for row in rows] == ANCHOR.ways(compiled=False)[1:]
+    assert "stream is capturing" in refusal["refused"]
+
+
+@pytest.mark.parametrize("error", [OutOfTimeError("the time was up"), MemoryError("no more")])
+def test_a_workload_of_which_nothing_is_left_dies_of_it(error):
+    with pytest.raises(type(error)):
+        time_small(replace_ours(ANCHOR, dying_of(error)), names=["anchor_penalty_"])
+
+
+def test_time_that_is_up_ends_all_ways():
+    with pytest.raises(OutOfTimeError):
+        time_small(replace_ours(ANCHOR, dying_of(OutOfTimeError("the time was up"))))
 
 
 STEP_FAULTS = {

@@ -18,7 +18,7 @@ from bench.step_rows import (
     list_gpu_targets,
     print_steps,
 )
-from bench.step_ways import BASE_PASS, NETWORK, PEERS, RECIPES, Work
+from bench.step_ways import BASE_PASS, NETWORK, PEERS, RECIPES, Work, compare_notes
 from bench.time_limit import at_most
 
 PEER_NAME, CACHED_NAME = list(PEERS)[:2]
@@ -115,6 +115,16 @@ def replace_peer(monkeypatch, make):
         "make",
         lambda bench, way: make() if way.recipe in PEERS else whole(bench, way),
     )
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_of_any_step_is_past_every_tolerance(place):
+    wanted = [{"loss": 0.5, "grad_norm": 2.0} for _ in range(3)]
+    found = [dict(notes) for notes in wanted]
+    assert compare_notes(found, wanted) == {"loss": 0.0, "grad_norm": 0.0}
+    found[place]["grad_norm"] = math.nan
+    errors = compare_notes(found, wanted)
+    assert errors["loss"] == 0.0 and math.isnan(errors["grad_norm"])
 
 
 def test_a_way_that_dies_is_named_and_the_others_are_timed(monkeypatch, time_mini):
