@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fastppt.config import ModelConfig, RunConfig
 from fastppt.errors import UserError
@@ -24,11 +25,23 @@ CPU = torch.device("cpu")
 MakeConfig = Callable[..., RunConfig]
 
 
+def knows_float64_attention() -> bool:
+    """Say whether torch knows the dtype of what its attention of float64 returns: 2.11 does not."""
+    with FakeTensorMode():
+        query = torch.empty(1, 1, 1, 8, dtype=torch.float64)
+        _, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, query, query
+        )
+    return logsumexp.dtype == torch.float64
+
+
 @pytest.mark.slow
 def test_compiled_steps_equal_eager_ones(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First gradients tensor by tensor, then the drift of 20 steps, both in float64."""
+    if not knows_float64_attention():
+        pytest.skip(f"torch {torch.__version__} compiles wrong dtypes for attention in float64")
     gradients, drifts = [], []
     for compiled in (False, True):
         (step,), adapters = build_stage(make_config, dtype=torch.float64)
