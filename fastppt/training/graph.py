@@ -107,8 +107,10 @@ class CapturedFunction:
     Args:
         function: Works on tensors at fixed addresses and reads nothing on the host.
         recorder: Who captures it.
-        written: Returns the tensors that it writes and that outlive it.
+        written: Returns the tensors that it writes in a try-out or a capture, and that outlive it.
         constants: Returns what a capture of it builds in.
+        before_each: Called before each try-out and before the capture, where these are to write
+            less than a replay. What it writes is `written` too.
 
     Attributes:
         replay: Runs it again without a check; None until it is captured.
@@ -121,9 +123,11 @@ class CapturedFunction:
         *,
         written: Callable[[], Iterable[Tensor]],
         constants: Callable[[], Constants],
+        before_each: Callable[[], None] = lambda: None,
     ) -> None:
         self.replay: Callable[[], None] | None = None
         self._function = function
+        self._before_each = before_each
         self._recorder = recorder
         self._written = written
         self._find_constants = constants
@@ -159,6 +163,7 @@ class CapturedFunction:
     def _try_out(self) -> None:
         for number in range(1, MOST_TRY_OUTS + 1):
             compiled = _count_compiled()
+            self._before_each()
             self._function()
             if number >= TRY_OUTS and _count_compiled() == compiled:
                 return
@@ -168,6 +173,7 @@ class CapturedFunction:
         )
 
     def _record(self) -> Callable[[], None]:
+        self._before_each()
         try:
             return self._recorder.record(self._function)
         except torch.OutOfMemoryError:

@@ -9,7 +9,7 @@ from typing import Protocol
 from fastppt.config_types import Engine
 from fastppt.training.constants import constants_of
 from fastppt.training.graph import CapturedFunction, CudaRecorder, Recorder
-from fastppt.training.snapshot import written_tensors
+from fastppt.training.snapshot import rule_out_updates, tensors_without_update
 from fastppt.training.step import (
     Step,
     accumulate_gradients,
@@ -111,8 +111,9 @@ class GraphRunner:
             self._captured[key] = CapturedFunction(
                 function,
                 self._recorder,
-                written=partial(written_tensors, step),
+                written=partial(tensors_without_update, step),
                 constants=partial(constants_of, step),
+                before_each=partial(rule_out_updates, step),
             )
         return self._captured[key]
 

@@ -21,7 +21,12 @@ from fastppt.training.constants import MODULES_EVERY, Constants, constants_of
 from fastppt.training.graph import CapturedFunction, Function, why_not_capture
 from fastppt.training.loss_scale import GROWTH_INTERVAL
 from fastppt.training.runners import EagerRunner, GraphRunner
-from fastppt.training.snapshot import written_tensors
+from fastppt.training.snapshot import (
+    Snapshot,
+    named_tensors,
+    tensors_without_update,
+    written_tensors,
+)
 from fastppt.training.step import Step
 from tests.training.replay import Recording, ReplayRecorder, storage_of
 from tests.training.stages import WITH_BASE, are_equal, build_stage, run_stage, state_of
@@ -101,6 +106,10 @@ def test_each_bucket_has_its_graph_and_all_share_the_update(
 # What a capture must leave as it was.
 
 FP16_WITH_BASE = WITH_BASE | {"model.precision": "fp16", "stage.0.gradient_accumulation": 2}
+UPDATED = [
+    {"model.precision": "fp16", "stage.0.gradient_accumulation": 2},
+    {"stage.0.ema_decay": 0.9, "stage.0.objectives.anchor.form": "raw"},
+]
 
 
 def test_a_capture_leaves_everything_as_it_was(make_config: MakeConfig) -> None:
@@ -129,22 +138,69 @@ def test_what_is_left_out_of_the_snapshot_is_seen_to_change(
     steps, _ = build_stage(make_config, "mini-sd3", **FP16_WITH_BASE)
     (step,) = steps
     run_stage(EagerRunner(steps), steps, 1)
-    for left_out in range(len(state_of(step))):
+    names = list(named_tensors(step))
+    places = {tensor.data_ptr(): index for index, tensor in enumerate(written_tensors(step))}
+    kept = [places[tensor.data_ptr()] for tensor in tensors_without_update(step)]
+    # The generator is the last of the state.
+    last = len(places)
+    assert 0 < len(kept) < last
+    for left_out in (*kept, last):
         # So that gradients are not zero, and the loss scale moves with the next good step.
         runners.accumulate_gradients(step)
         step.loss_scale.good_steps.fill_(GROWTH_INTERVAL - 1)
         before = state_of(step)
 
         def all_but_one(step: Step, left_out: int = left_out) -> list[Tensor]:
-            return [t for index, t in enumerate(written_tensors(step)) if index != left_out]
+            chosen = [index for index in kept if index != left_out]
+            return [written_tensors(step)[index] for index in chosen]
 
-        monkeypatch.setattr(runners, "written_tensors", all_but_one)
+        monkeypatch.setattr(runners, "tensors_without_update", all_but_one)
         runner, recorder = graph_runner(steps)
-        if left_out == len(before) - 1:
+        if left_out == last:
             recorder.generators = []
         runner.prepare(0, 0)
-        pairs = zip(before, state_of(step), strict=True)
-        assert [i for i, (a, b) in enumerate(pairs) if not are_equal([a], [b])] == [left_out]
+        # A loss that is not a number says nothing of the scale: it neither grows nor backs off.
+        stays = left_out != last and names[left_out].startswith("loss_scale/")
+        assert changed_places(before, step) == ([] if stays else [left_out])
+
+
+def changed_places(before: list[Tensor], step: Step) -> list[int]:
+    """Which tensors of a step's state are not as they were."""
+    pairs = zip(before, state_of(step), strict=True)
+    return [index for index, (a, b) in enumerate(pairs) if not are_equal([a], [b])]
+
+
+@pytest.mark.parametrize("settings", UPDATED, ids=lambda settings: ", ".join(settings))
+def test_what_is_trained_is_not_kept_aside_because_try_outs_do_not_change_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    steps, _ = build_stage(make_config, "mini-sd", **settings)
+    (step,) = steps
+    run_stage(EagerRunner(steps), steps, 2)
+    before = state_of(step)
+    kept = {tensor.data_ptr() for tensor in tensors_without_update(step)}
+    trained = [i for i, tensor in enumerate(written_tensors(step)) if tensor.data_ptr() not in kept]
+    names = [name for i, name in enumerate(named_tensors(step)) if i in trained]
+    assert {name.partition("/")[2] for name in names} >= {"values", "exp_avg", "exp_avg_sq"}
+    assert not any(before[i].isnan().any() for i in trained)
+    graph_runner(steps)[0].prepare(0, 2)
+    assert changed_places(before, step) == []
+    # That they do is what the loss makes of them.
+    monkeypatch.setattr(runners, "rule_out_updates", lambda step: None)
+    graph_runner(steps)[0].prepare(0, 2)
+    assert set(changed_places(before, step)) == set(trained)
+
+
+def test_tensors_of_zeros_are_put_back_without_a_copy() -> None:
+    zeros, negative, gaps = torch.zeros(3), -torch.zeros(3), torch.zeros(4)[::2]
+    tensors = [zeros, negative, gaps, torch.zeros(()), torch.zeros(2, dtype=torch.bool)]
+    before = [tensor.clone() for tensor in tensors]
+    snapshot = Snapshot(tensors, [])
+    assert [value is None for _, value in snapshot._values] == [True, False, False, True, True]
+    for tensor in tensors:
+        tensor.fill_(1)
+    snapshot.restore()
+    assert are_equal(before, tensors)
 
 
 def test_a_capture_that_fails_leaves_everything_as_it_was_and_says_why(

@@ -60,22 +60,26 @@ def runs() -> Iterator[Any]:
                 yield pytest.param(path.stem, model, marks=marks)
 
 
-def short(recipe: str) -> dict[str, object]:
-    """Settings for a recipe's shortest whole run: every kind of step, of pictures, of a file."""
+def short(recipe: str, cache: Path) -> dict[str, object]:
+    """Settings for a recipe's shortest whole run: every kind of step, of pictures, of a file.
+
+    Class images are drawn anew: those of another test's run may be the same.
+    """
     settings: dict[str, object] = {}
     for index, stage in enumerate(tomllib.loads((RECIPES / f"{recipe}.toml").read_text())["stage"]):
         settings[f"stage.{index}.steps"] = 3
         if "prior_preservation" in stage["objectives"]:
             prior = f"stage.{index}.objectives.prior_preservation"
             settings |= {f"{prior}.num_images": 2, f"{prior}.steps": 2, f"{prior}.batch_size": 2}
+            settings[f"{prior}.cache"] = str(cache)
     return settings
 
 
 @pytest.mark.parametrize(("recipe", "model"), [*runs()])
 def test_a_run_of_a_recipe_is_captured_whole(
-    make_config: MakeConfig, gpu: ImaginedGPU, recipe: str, model: str
+    make_config: MakeConfig, gpu: ImaginedGPU, recipe: str, model: str, tmp_path: Path
 ) -> None:
-    config = on_gpu(make_config, recipe, model, **short(recipe))
+    config = on_gpu(make_config, recipe, model, **short(recipe, tmp_path / "class-images"))
     result = train(config, Console(quiet=True))
     assert result.config.engine == "graph"
     assert result.config.model.precision == "bf16"
