@@ -2,7 +2,7 @@
 
 The time may be up before the last test, so those that say most come first. A test that spoils the
 GPU for its process ends this process, so that the tests after it run in a fresh one: they would all
-be red, and none would say why.
+be red, and none would say why. That takes pytest-xdist; without it the tests end there.
 """
 
 import os

@@ -43,7 +43,10 @@ def is_spoiled(device: str) -> bool:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Collect garbage now and not in the block: to free a graph there would end a capture."""
+    """Collect garbage now and not in the block: to free a graph there would end a capture.
+
+    The trainer's own is not taken: the ops are measured without the trainer.
+    """
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

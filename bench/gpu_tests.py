@@ -42,6 +42,7 @@ def run_gpu_tests(seconds: float) -> Row:
     cut = [] if whole else [f"--confcutdir={folder}"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     # The plugin's, and that of what is not installed, for the processes that tests start.
+    # Where this file is, whatever the tests are run on.
     root = Path(__file__).parents[1]
     paths = [str(root), str(root / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

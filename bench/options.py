@@ -26,6 +26,7 @@ from fastppt.training.result import RunResult
 ROUNDS = 5
 # The steps after the first: a multiple of every `base_every` and `refresh_every` below.
 TIMED_STEPS = 32
+RANK = 32
 SAME_LOSSES = 1e-4
 
 OBJECTIVES = "stage.0.objectives"
@@ -75,7 +76,7 @@ def time_options(model: str, resolution: int | None, folder: Path) -> list[Row]:
         check_losses(losses[CHECKPOINTED], losses[PLAIN])
     timings = {name: summarise(milliseconds) for name, milliseconds in taken.items()}
     return [
-        {"suite": "options", "model": model, "batch": 1, "rank": 32, "way": name}
+        {"suite": "options", "model": model, "batch": 1, "rank": RANK, "way": name}
         | {"resolution": results[name].config.photos.resolution}
         | {"engine": results[name].config.engine}
         | {"p20 ms": timing.p20, "p50 ms": timing.p50, "p80 ms": timing.p80}
@@ -109,6 +110,7 @@ def _run(model: str, resolution: int | None, folder: Path, changes: Settings) ->
         "output": str(folder / "run"),
         "samples.enabled": False,
         "stage.0.steps": 1 + TIMED_STEPS,
+        "stage.0.trainables.lora.rank": RANK,
         **changes,
     }
     config = build_config("lora", settings=list(settings.items()))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu_state import is_spoiled
 from bench.interleave import interleave, stopwatch_of
 from bench.problems import DisagreementError, Problem
 from bench.suites import ARENA, COMPILE, Suite, Workload
@@ -39,7 +40,9 @@ def time_workload(
 ) -> tuple[list[Row], list[Row]]:
     """Return a row for each way that agrees with the reference, and the refusals of the others.
 
-    A way that dies is refused too, with what it died of; if all do, the last one's error is raised.
+    A way that dies is refused too, with what it died of: `failed` says whether that is a fault, and
+    not a lack of memory. One that spoils the GPU for the process ends the workload without rows.
+    If nothing else is known of any way, the last one's error is raised.
 
     Args:
         suite: What is done.
@@ -61,15 +64,19 @@ def time_workload(
             turns[name], extras[name] = _prepare(suite, name, sets, wanted, device, capture, laps)
         except DisagreementError as disagreement:
             refusals.append(_label(suite, workload, name, mode) | {"refused": str(disagreement)})
-        except OutOfTimeError:
-            raise
         # Whatever one way dies of, the others are timed.
         except Exception as error:
-            if name == names[-1] and not turns:
+            if _is_out_of_time(error):
+                raise OutOfTimeError("the time was up") from error
+            if name == names[-1] and not turns and not refusals:
                 raise
             traceback.print_exc()
             why = f"{type(error).__name__}: {error}".splitlines()[0]
-            refusals.append(_label(suite, workload, name, mode) | {"refused": why})
+            failed = not isinstance(error, torch.OutOfMemoryError)
+            label = _label(suite, workload, name, mode)
+            refusals.append(label | {"refused": why, "failed": failed})
+            if is_spoiled(device):
+                return [], refusals
     if not turns:
         return [], refusals
     timings = interleave(
@@ -88,6 +95,13 @@ def time_workload(
             | extras[name]
         )
     return rows, refusals
+
+
+def _is_out_of_time(error: BaseException | None) -> bool:
+    """Say whether it comes of the time that was up: torch.compile makes an error of its own."""
+    while error is not None and not isinstance(error, OutOfTimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _prepare(

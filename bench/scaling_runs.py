@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.interleave import order_of_round, summarise
 from bench.rows import Row
 from bench.scaling_axes import RUN, Axis
-from bench.step_ways import RECIPES
+from bench.step_ways import RECIPES, rank_settings
 from fastppt.config_io import build_config, load_recipe
 from fastppt.training.loop import train
 
@@ -128,7 +128,7 @@ def _run(work: RunWork, recipe: str, output: Path, folder: Path) -> int | None:
         "samples.enabled": False,
         "stage.0.steps": work.steps,
         "stage.0.batch_size": work.batch_size,
-        "stage.0.trainables.lora.rank": work.rank,
+        **rank_settings(name, work.rank),
     }
     if has_class_images(name):
         settings[f"{PRIOR}.num_images"] = work.class_images

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.networks import FAMILY_OF, FULL_MODELS, build_pipeline
 from bench.peer import DiffusersStep, Subject, add_adapters
 from fastppt.config import ModelConfig, RunConfig
-from fastppt.config_io import build_config
+from fastppt.config_io import build_config, load_recipe
 from fastppt.data.photos import crop_photo, find_photos
 from fastppt.data.prompts import class_prompt, subject_prompt
 from fastppt.families.base import Family
@@ -138,6 +138,13 @@ def moves_text(recipe: str) -> bool:
     return stage.trainables.move_text
 
 
+def rank_settings(recipe: str, rank: int) -> dict[str, object]:
+    """Return the settings that give every LoRA of a recipe's first stage a rank."""
+    trainables = load_recipe(recipe)[1]["stage"][0]["trainables"]
+    names = [name for name in ("lora", "text_encoder_lora") if name in trainables]
+    return {f"stage.0.trainables.{name}.rank": rank for name in names}
+
+
 class TrainerStep:
     """Our trainer's step, made as a run makes it.
 
@@ -165,7 +172,7 @@ class TrainerStep:
                     "engine": engine,
                     "samples.enabled": False,
                     "stage.0.batch_size": work.batch_size,
-                    "stage.0.trainables.lora.rank": work.rank,
+                    **rank_settings(name, work.rank),
                     **settings,
                     **(changes or {}),
                 }.items()

@@ -71,10 +71,12 @@ def load_recipe(
     table = tomllib.loads(recipe_text(name))
     described = {key: table.pop(key) for key in Recipe.model_fields}
     for variant in table.pop("variant", ()):
-        if family in variant.pop("families", ()):
+        families, models = variant.pop("families", ()), variant.pop("models", ())
+        settings = variant.pop("settings", {})
+        if family in families:
             table = _merge(table, variant)
-        elif model in variant.pop("models", ()):
-            for key, value in variant["settings"].items():
+        if model in models:
+            for key, value in settings.items():
                 _set_key(table, key, value)
     return Recipe.model_validate(described), table
 

@@ -19,7 +19,7 @@ from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini import draw_demo_photos
 
-# Beside the repository, or in it where the repository alone can be brought along.
+# In the repository, where it alone can be brought along, or beside it.
 REAL_PHOTOS = [root / "shared/data/dreambooth" for root in Path(__file__).parents[1:3]]
 
 

@@ -10,7 +10,9 @@ from a generator that the step does not own.
 What it cannot see: what Triton kernels compute (a launch is noted and its arguments are looked at,
 but nothing runs: results are whatever was in the memory), memory that a kernel reaches by addresses
 in a table, memory that is freed while another stream uses it, dtypes and layouts that CUDA kernels
-of torch refuse, and threads (on a GPU the backward pass has one of its own).
+of torch refuse, threads (on a GPU the backward pass has one of its own), tensors that C++ makes of
+nothing, which count as of either place, what attention draws, and what is done while an event is
+not there yet: one that is asked for always is.
 """
 
 from __future__ import annotations

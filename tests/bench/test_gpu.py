@@ -131,16 +131,19 @@ def test_a_spoiled_gpu_ends_the_process_and_a_fresh_one_measures_what_is_left(
 def test_a_way_that_died_is_looked_into_though_its_plan_has_rows(
     monkeypatch, small_workloads, tmp_path
 ):
-    plan = Plan(ANCHOR, "SDXL, rank 32")
+    plans = [Plan(ANCHOR, "SDXL, rank 32"), Plan(OPTIMIZER, "SDXL, rank 32")]
     refusals = [{"way": "lora, graph", "refused": "the step cannot be captured"}]
     monkeypatch.setattr(Plan, "time", lambda *_: ([], refusals))
     asked = []
     monkeypatch.setattr(gpu, "is_spoiled", lambda device: asked.append(device) or True)
     with pytest.raises(SpoiledError, match="cannot be captured"):
-        measure_on_cpu([plan], tmp_path)
+        measure_on_cpu(plans, tmp_path)
     assert asked == ["cpu"]
     report = json.loads((tmp_path / "gpu-it-2030-01-02.json").read_text())
-    assert (report["refused"], report["not measured"]) == (refusals, [])
+    assert report["refused"] == refusals
+    assert [each["plan"] for each in report["not measured"]] == [str(plans[1])]
+    # Nobody is left whom a fresh process would help.
+    measure_on_cpu(plans[:1], tmp_path)
 
 
 def test_what_is_measured_is_not_asked_whether_it_spoiled_the_gpu(

@@ -24,6 +24,8 @@ def test_every_option_is_one_that_a_run_has(tmp_path, monkeypatch):
         (stage,) = run.stage
         assert options.TIMED_STEPS % stage.base_every == 0
         assert options.TIMED_STEPS % max(1, run.photos.refresh_every) == 0
+        # As the rows say, whatever the recipe has for the model.
+        assert stage.trainables.lora.rank == options.RANK
 
 
 def test_whole_runs_are_timed_and_written_with_their_machine(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import problems, suites
+from bench import rows as bench_rows
 from bench.problems import DisagreementError, Problem, exact_penalty, refuse_if_wrong
 from bench.rows import describe_target, find_ratio, find_row, time_workload, write_report
 from bench.suites import (
@@ -118,6 +119,40 @@ def test_a_capture_that_fails_costs_no_other_way():
 def test_a_workload_of_which_nothing_is_left_dies_of_it(error):
     with pytest.raises(type(error)):
         time_small(replace_ours(ANCHOR, dying_of(error)), names=["anchor_penalty_"])
+
+
+def test_what_is_known_of_one_way_outlives_the_death_of_the_others():
+    names = ANCHOR.ways(compiled=False)[:2]
+    makers = {names[0]: anchor_of_factor(1.001), names[1]: dying_of(RuntimeError("is lost"))}
+    suite = dataclasses.replace(ANCHOR, makers={**ANCHOR.makers, **makers})
+    rows, refusals = time_small(suite, names)
+    assert rows == [] and [each["way"] for each in refusals] == names
+    assert "no time is reported" in refusals[0]["refused"]
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"), [(RuntimeError("is lost"), True), (torch.OutOfMemoryError("full"), False)]
+)
+def test_too_little_memory_is_no_fault_of_a_way(error, failed):
+    _, (refusal,) = time_small(replace_ours(ANCHOR, dying_of(error)))
+    assert refusal["failed"] is failed
+
+
+def test_nothing_is_timed_in_a_process_whose_gpu_is_spoiled(monkeypatch):
+    monkeypatch.setattr(bench_rows, "is_spoiled", lambda device: True)
+    rows, (refusal,) = time_small(replace_ours(ANCHOR, dying_of(RuntimeError("is lost"))))
+    assert rows == [] and refusal["way"] == "anchor_penalty_"
+
+
+def test_time_that_is_up_is_known_by_what_a_compiler_makes_of_it():
+    def make(problem):
+        try:
+            raise OutOfTimeError("the time was up")
+        except OutOfTimeError as error:
+            raise RuntimeError("backend failed") from error
+
+    with pytest.raises(OutOfTimeError):
+        time_small(replace_ours(ANCHOR, make))
 
 
 def test_time_that_is_up_ends_all_ways():

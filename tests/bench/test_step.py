@@ -20,6 +20,7 @@ from bench.step_rows import (
 )
 from bench.step_ways import BASE_PASS, NETWORK, PEERS, RECIPES, Work, compare_notes
 from bench.time_limit import at_most
+from fastppt.config_io import build_config
 
 PEER_NAME, CACHED_NAME = list(PEERS)[:2]
 WAYS = [
@@ -255,3 +256,13 @@ def test_on_a_gpu_every_engine_and_peer_gets_a_row(photos):
         assert row["kernels"] > 0 and row["peak bytes"] >= 0
     assert rows[0]["host launches"] < 20 < rows[2]["host launches"]
     assert rows[0]["kernels"] > 100
+
+
+@pytest.mark.parametrize("recipe", ["lora", "apt-recipe"])
+def test_every_lora_of_a_recipe_has_the_rank_that_is_reported(recipe):
+    name, _ = RECIPES[recipe]
+    settings = step_ways.rank_settings(name, 5)
+    config = build_config(name, settings=[("model.path", "mini-sdxl"), *settings.items()])
+    trainables = config.stage[0].trainables
+    ranks = [each.rank for each in (trainables.lora, trainables.text_encoder_lora) if each]
+    assert ranks == [5] * (1 if recipe == "lora" else 2)
