@@ -30,6 +30,7 @@ from fastppt.training.snapshot import (
 from fastppt.training.step import Step
 from tests.training.replay import Recording, ReplayRecorder, storage_of
 from tests.training.stages import WITH_BASE, are_equal, build_stage, run_stage, state_of
+from tests.training.weight_steps import FULL, anchored, prepare
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -189,6 +190,30 @@ def test_what_is_trained_is_not_kept_aside_because_try_outs_do_not_change_it(
     monkeypatch.setattr(runners, "rule_out_updates", lambda step: None)
     graph_runner(steps)[0].prepare(0, 2)
     assert set(changed_places(before, step)) == set(trained)
+
+
+@pytest.mark.parametrize(
+    ("trainables", "objectives", "settings"),
+    [
+        (FULL, anchored(form="decoupled"), {"model.precision": "bf16"}),
+        (FULL, anchored(storage="host"), {"stage__optimizer": {"moments": "8bit"}}),
+        ({"full": {"master_weights": False}}, anchored(), {"model.precision": "bf16"}),
+        ({"oft": {"block_size": 8, "constraint": 1e-3}}, anchored(), {}),
+        ({"custom_diffusion": {}, "tokens": {"keep_norm": True}}, anchored(), {}),
+        ({"svdiff": {}}, anchored(), {"stage__ema_decay": 0.9}),
+    ],
+    ids=["bf16", "8 bit", "bf16 alone", "oft", "kept norms", "svdiff"],
+)
+def test_a_try_out_changes_nothing_of_what_can_be_trained(
+    photos: Path, trainables: Any, objectives: Any, settings: dict[str, Any]
+) -> None:
+    step, _ = prepare(photos, trainables, objectives, "mini-sd", **settings)
+    run_stage(EagerRunner([step]), [step], 2)
+    before = state_of(step)
+    graph_runner([step])[0].prepare(0, 2)
+    assert changed_places(before, step) == []
+    run_stage(EagerRunner([step]), [step], 1)
+    assert changed_places(before, step)
 
 
 def test_tensors_of_zeros_are_put_back_without_a_copy() -> None:
