@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,9 +25,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_what_a_late_command_started_is_stopped_with_it() -> None:
-    start = time.monotonic()
-    code, output = run_within([sys.executable, "-c", PARENT], 3.0, dict(os.environ))
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_what_a_late_command_started_is_stopped_with_it(handler) -> None:
+    start, before = time.monotonic(), signal.signal(signal.SIGINT, handler)
+    try:
+        code, output = run_within([sys.executable, "-c", PARENT], 3.0, dict(os.environ))
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code is None and time.monotonic() - start < 30
     deadline = time.monotonic() + 5
     # It was interrupted first, and says so.

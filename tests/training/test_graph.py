@@ -195,14 +195,22 @@ def test_what_is_trained_is_not_kept_aside_because_try_outs_do_not_change_it(
 @pytest.mark.parametrize(
     ("trainables", "objectives", "settings"),
     [
-        (FULL, anchored(form="decoupled"), {"model.precision": "bf16"}),
         (FULL, anchored(storage="host"), {"stage__optimizer": {"moments": "8bit"}}),
-        ({"full": {"master_weights": False}}, anchored(), {"model.precision": "bf16"}),
-        ({"oft": {"block_size": 8, "constraint": 1e-3}}, anchored(), {}),
         ({"custom_diffusion": {}, "tokens": {"keep_norm": True}}, anchored(), {}),
-        ({"svdiff": {}}, anchored(), {"stage__ema_decay": 0.9}),
+        pytest.param(
+            *(FULL, anchored(form="decoupled"), {"model.precision": "bf16"}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *({"full": {"master_weights": False}}, anchored(), {"model.precision": "bf16"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *({"oft": {"block_size": 8, "constraint": 1e-3}}, anchored(), {}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"svdiff": {}}, anchored(), {"stage__ema_decay": 0.9}, marks=pytest.mark.slow),
     ],
-    ids=["bf16", "8 bit", "bf16 alone", "oft", "kept norms", "svdiff"],
+    ids=["8 bit", "kept norms", "bf16", "bf16 alone", "oft", "svdiff"],
 )
 def test_a_try_out_changes_nothing_of_what_can_be_trained(
     photos: Path, trainables: Any, objectives: Any, settings: dict[str, Any]
