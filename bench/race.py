@@ -7,6 +7,7 @@ one runs backwards. The JSON that is left has every phase of every round, and th
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tempfile
@@ -88,6 +89,9 @@ def race(
     class_noun: Annotated[str, typer.Option(help="What they show.")] = "robot",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each entrant.")] = 1,
+    label: Annotated[
+        str | None, typer.Option(help="In the file's name: tables show the latest race of each.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep what jobs write in this new folder; unset: delete it.")
     ] = None,
@@ -95,6 +99,7 @@ def race(
     """Run a race, print it, and leave its JSON in the output folder."""
     check_part("sampled-images", sampled_images, class_images, LEAST_SAMPLED, SAMPLING_BATCH)
     check_part("trained-steps", trained_steps, steps, LEAST_TRAINED)
+    check_label(label)
     check_work(work)
     place = resolve_device(device)
     dtype = resolve_dtype(precision, place)
@@ -106,8 +111,8 @@ def race(
         if photos is None:
             photos = folder / "photos"
             draw_demo_photos(photos)
-        names = list(ENGINES[place.type]) if engines is None else split(engines)
-        check_engines(names, place)
+        chosen = list(ENGINES[place.type]) if engines is None else split(engines)
+        check_engines(chosen, place)
         settings = RaceSettings(
             model=model,
             family=family.name,
@@ -128,7 +133,7 @@ def race(
         wanted = recipes_for(family.name) if recipes is None else split(recipes)
         plan = RacePlan(
             settings=settings,
-            entrants=list_entrants(wanted, names, family.name),
+            entrants=list_entrants(wanted, chosen, family.name),
             model=str(source),
             device=place.type,
             photos=photos.absolute(),
@@ -141,8 +146,8 @@ def race(
         machine = describe_machine(place.type)
         # What each entrant is given, not this process.
         machine["threads"] = threads
-        name = Path(model).absolute().name
-        path = output / f"{place.type}-race-{name}-{machine['date']}.json"
+        names = [Path(model).absolute().name, *([label] if label else []), str(machine["date"])]
+        path = output / f"{place.type}-race-{'-'.join(names)}.json"
         for last, entrants in run_race(plan):
             print(describe_round(*last), flush=True)
             report = make_report(machine, settings, entrants, command())
@@ -154,6 +159,16 @@ def race(
 def split(names: str) -> list[str]:
     """Return the names of a comma-separated list, each once."""
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def check_label(label: str | None) -> None:
+    """Refuse what would make the file's name another one's, or no name at all.
+
+    Raises:
+        UserError: names the label.
+    """
+    if label is not None and not re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", label):
+        raise UserError(f"--label {label}: give small letters, digits and hyphens, a letter first")
 
 
 def check_work(work: Path | None) -> None:

@@ -106,11 +106,11 @@ def run_race(plan: RacePlan, *, until: float | None = None) -> Iterator[tuple[Ra
 
 
 def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round | None:
-    """Do a job in a process of its own.
+    """Do a job in a process of its own, with Inductor's cache empty: its first step compiles all.
 
     Args:
         job: The whole of it.
-        folder: For the job's description, what it took, and what it printed.
+        folder: For the job's description, what it took, what it printed and what it compiled.
         most_seconds: After these it is ended.
 
     Returns:
@@ -123,7 +123,13 @@ def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round 
     file, out, log = (folder / name for name in ("job.json", "round.json", "log.txt"))
     file.write_text(job.model_dump_json(indent=1))
     threads = str(job.settings.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    compiled = folder / "compiled"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+    }
     with log.open("w") as text:
         command = [sys.executable, "-m", "bench.race_entrant", str(file), str(out)]
         try:
@@ -137,6 +143,8 @@ def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round 
             )
         except subprocess.TimeoutExpired:
             return None
+        finally:
+            shutil.rmtree(compiled, ignore_errors=True)
     if process.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
         raise UserError(f"{job.entrant.name}: failed (exit code {process.returncode}):\n{last}")

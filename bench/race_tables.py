@@ -190,6 +190,11 @@ def _explain(report: RaceReport) -> list[str]:
             f"{SHARED} the time of another entrant or round that did the very same (energy too, "
             "memory not)."
         )
+    if any("compile" in entrant.engine for entrant in report.entrants):
+        parts.append(
+            "Every job compiles anew, on all cores (first step); later jobs of the same shapes "
+            "find that in Inductor's cache."
+        )
     kinds = {each.memory_kind for e in report.entrants for each in e.rounds} - {None}
     if kinds:
         words = ", ".join(text for kind, text in MEMORY.items() if kind in kinds)

@@ -132,7 +132,10 @@ def _compare(results: Sequence[Result], against: Path) -> Comparison:
     """
     races = [result.path for result in results if result.kind == "race"]
     if len(races) != 1:
-        raise ValueError(f"--against: want one race among the results, found {len(races)}")
+        found = "".join(f"\n  {path}" for path in races)
+        raise ValueError(
+            f"--against: want one race among the results, found {len(races)}; give its file{found}"
+        )
     return compare_races(read_race(races[0]), read_race(against))
 
 

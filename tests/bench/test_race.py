@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import ROOT, race_rounds
-from bench.race import app, check_engines, check_work, split
+from bench.race import app, check_engines, check_label, check_work, split
 from bench.race_plan import CACHED_PEER, PEER, PRIOR_PEER
 from bench.race_results import Round, read_race
 from fastppt.errors import UserError
@@ -68,6 +68,24 @@ def test_what_has_run_is_kept_where_the_next_entrant_fails(monkeypatch, tmp_path
     (path,) = tmp_path.iterdir()
     assert [each.name for each in read_race(path).entrants] == [PRIOR_PEER, CACHED_PEER, PEER]
     assert f"round 1, {PEER} " in done.stdout
+
+
+def test_a_label_is_in_the_name_of_the_file(monkeypatch, tmp_path):
+    def run_job(job, folder, most_seconds=None):
+        class_images = {"class_images": 9.0} if job.entrant.prior else {}
+        return Round(phases={"training": 1.0, **class_images}, steps=4)
+
+    monkeypatch.setattr(race_rounds, "run_job", run_job)
+    for options in ((), ("--label", "two-rounds")):
+        CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path), *options])
+    plain, labelled = sorted(path.name for path in tmp_path.iterdir())
+    assert labelled == plain.replace("cpu-race-mini-sd-", "cpu-race-mini-sd-two-rounds-")
+
+
+@pytest.mark.parametrize("label", ["", "../away", "Two", "2-rounds", "two--rounds", "two-"])
+def test_a_label_that_makes_no_name_is_refused(label):
+    with pytest.raises(UserError, match=f"--label {label}: give small letters"):
+        check_label(label)
 
 
 @pytest.mark.parametrize(

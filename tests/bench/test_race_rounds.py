@@ -203,6 +203,20 @@ def test_a_job_runs_in_a_process_with_its_threads_and_without_the_hub(script, ma
     assert log == "3 1 bench.race_entrant\n"
 
 
+def test_every_job_compiles_anew_and_leaves_nothing_of_it(script, make_plan, tmp_path):
+    took = '{"phases": {"training": 1}, "steps": 5}'
+    cache = "$TORCHINDUCTOR_CACHE_DIR"
+    script(f"ls {cache}; mkdir {cache}; touch {cache}/kernel; echo {cache}; echo '{took}' > $4")
+    plan = make_plan()
+    for number in range(2):
+        folder = tmp_path / f"job-{number}"
+        run_job(plan.job(plan.entrants[-1], tmp_path, tmp_path), folder)
+        first, second = (folder / "log.txt").read_text().splitlines()
+        assert "No such file" in first
+        assert second == str(folder / "compiled")
+        assert not (folder / "compiled").exists()
+
+
 def test_an_entrant_that_fails_ends_the_race_with_its_last_words(script, make_plan, tmp_path):
     script("echo something broke; exit 3")
     with pytest.raises(UserError, match=r"preservation: failed \(exit code 3\):\nsomething broke"):

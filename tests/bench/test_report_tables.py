@@ -55,6 +55,13 @@ def test_an_entrant_has_its_medians_and_nothing_where_it_has_no_phase():
     assert "resident memory of the process" in text
 
 
+def test_a_race_with_compile_says_that_every_job_compiles_anew():
+    entrants = make_entrants()
+    assert "compiles anew" not in seconds_table(make_race(entrants))
+    entrants.append(make_entrant("ppt-lora, compile", step=0.04, engine="compile"))
+    assert "Every job compiles anew" in seconds_table(make_race(entrants))
+
+
 def mark(entrant, **changes):
     rounds = [each.model_copy(update=changes) for each in entrant.rounds]
     return entrant.model_copy(update={"rounds": rounds})
