@@ -94,7 +94,7 @@ def main(
         else:
             settings = take_settings(joined.settings, given, len(pictures))
             check_machine(joined.machine, describe_machine(device))
-        TRAINERS[trainer].check(trainer, settings, prior=prior)
+        TRAINERS[trainer].check(trainer, settings, device, prior=prior)
         job = PeerJob(
             settings=settings,
             entrant=EntrantPlan(name=called, kind="external", prior=prior),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.peers.jobs import PeerJob
 from bench.peers.parse import Log, printed_rate, read_round
-from bench.peers.run import Command, run_trainer
+from bench.peers.run import Command, end_of, run_trainer
 from bench.peers.trainers import Trainer
 from bench.race_results import Entrant, Round
 from fastppt.errors import UserError
@@ -79,6 +79,11 @@ def _run_round(
     if trainer.complaint and (found := re.search(trainer.complaint, printed, re.MULTILINE)):
         line = printed[found.start() :].partition("\n")[0]
         raise UserError(f"{path}: the trainer left out a setting: {line}")
+    if not (folder / trainer.result).is_file():
+        raise UserError(
+            f"the trainer ended without an error, and has left no {folder / trainer.result}; all "
+            f"that it printed is in {path}, which ends:\n{end_of(path)}"
+        )
     try:
         done = read_round(
             log,

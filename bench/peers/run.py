@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,18 +99,28 @@ def _run(
         if watch is not None:
             watch.stop()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_tree(process.pid)
             process.wait()
         process.stdout.close()
     if code != 0:
         raise UserError(
             f"the trainer ended with exit code {code}; all that it printed is in {output}, "
-            f"which ends:\n{_end_of(output)}"
+            f"which ends:\n{end_of(output)}"
         )
     return bars, time.monotonic() - begun
 
 
-def _end_of(output: Path) -> str:
+def _kill_tree(process_id: int) -> None:
+    """End a process and all that it has started, those too that have a session of their own."""
+    started = psutil.Process(process_id).children(recursive=True)
+    os.killpg(process_id, signal.SIGKILL)
+    for each in started:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def end_of(output: Path) -> str:
+    """Return the last lines of what a trainer printed."""
     lines = output.read_text(errors="replace").replace("\r", "\n").splitlines()
     return "\n".join([line for line in lines if line.strip()][-SHOWN_LINES:])
 

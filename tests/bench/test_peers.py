@@ -5,12 +5,10 @@ import subprocess
 import sys
 import textwrap
 import time
-import tomllib
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,16 +16,12 @@ from bench.machine import describe_machine
 from bench.peers import run
 from bench.peers.__main__ import app, check_machine, make_settings
 from bench.peers.entrant import time_trainer
-from bench.peers.jobs import PeerJob
 from bench.peers.run import Command, MemoryWatch, resident_bytes, run_trainer
 from bench.peers.trainers import TRAINERS
-from bench.race_plan import EntrantPlan
 from bench.race_ratios import make_report
-from bench.race_results import Entrant, RaceSettings, read_race, write_race
+from bench.race_results import Entrant, read_race, write_race
 from fastppt.errors import UserError
-
-MODELS = {"sd": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium"}
-PAIRS = [(name, family) for name, trainer in TRAINERS.items() for family in trainer.families]
+from tests.bench.peer_jobs import job_of
 
 # Prints what diffusers' scripts print, for as long as it is told; all else of them is left out.
 SCRIPT = """
@@ -41,6 +35,7 @@ for name in ("max_train_steps", "num_class_images", "seed"):
     parser.add_argument(f"--{name}", type=int)
 parser.add_argument("--with_prior_preservation", action="store_true")
 parser.add_argument("--fail", action="store_true")
+parser.add_argument("--forget", action="store_true")
 args, others = parser.parse_known_args()
 if args.with_prior_preservation:
     batches = range(args.num_class_images // 4)
@@ -56,6 +51,8 @@ for step in range(args.max_train_steps):
     bar.set_postfix(loss=0.1, lr=1e-4)
 seen = {"photos": len(list(args.instance_data_dir.iterdir())), "seed": args.seed, "rest": others}
 (args.output_dir / "seen.json").write_text(json.dumps(seen))
+if not args.forget:
+    (args.output_dir / "pytorch_lora_weights.safetensors").touch()
 """
 # Starts what follows its own flags, as `accelerate launch` does, without importing torch for it.
 PYTHON = f"""#!{sys.executable}
@@ -103,48 +100,6 @@ SETTINGS = ["--steps", "8", "--resolution", "64", "--device", "cpu"]
 
 def call(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def job_of(family, tmp_path, *, prior=False, **settings):
-    settings = {
-        "model": MODELS[family],
-        "family": family,
-        "resolution": 512,
-        "batch_size": 2,
-        "precision": "bfloat16",
-        "rank": 16,
-        "steps": 70,
-        "class_images": 12,
-        "sampler_steps": 50,
-        "guidance_scale": 7.5,
-        "num_photos": 5,
-        "seed": 3,
-        "rounds": 1,
-        "threads": 1,
-    } | settings
-    checkout = tmp_path / "checkout"
-    for name in ("train_network.py", "sdxl_train_network.py", "sd3_train_network.py"):
-        checkout.mkdir(exist_ok=True)
-        (checkout / name).touch()
-    scripts = checkout / "examples" / "dreambooth"
-    scripts.mkdir(parents=True, exist_ok=True)
-    for suffix in ("", "_sdxl", "_sd3"):
-        (scripts / f"train_dreambooth_lora{suffix}.py").touch()
-    return PeerJob(
-        settings=RaceSettings(**settings),
-        entrant=EntrantPlan(name="it", kind="external", prior=prior),
-        model=str(tmp_path / "model"),
-        device="cuda",
-        photos=tmp_path / "photos",
-        class_noun="robot",
-        output=tmp_path,
-        class_images=tmp_path / "class",
-        sampled_images=12,
-        trained_steps=70,
-        checkout=checkout,
-        python=tmp_path / "venv" / "bin" / "python",
-        extra=("--last",),
-    )
 
 
 @pytest.mark.slow
@@ -196,8 +151,9 @@ def test_every_phase_of_a_run_is_noted(diffusers, given, tmp_path):
         (["--photos", "."], "found 0 images"),
         (["--trainer", "other"], "--trainer other: there are diffusers, kohya"),
         (["--", "--fail"], r"ends:\n(.*\n)*CUDA out of memory"),
+        (["--", "--forget"], r"no .*pytorch_lora_weights.safetensors;.*ends:\n(.*\n)*Steps: 100%"),
     ],
-    ids=["another setting", "no photos", "no such trainer", "a failure"],
+    ids=["another setting", "no photos", "no such trainer", "a failure", "nothing saved"],
 )
 def test_what_cannot_join_is_refused(diffusers, given, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -265,98 +221,6 @@ def test_the_scripts_are_launched_by_accelerate_on_a_model_that_is_built(diffuse
     assert entrant.settings["torch"]
 
 
-@pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_each_command_names_what_the_race_fixes(name, family, tmp_path):
-    job = job_of(family, tmp_path)
-    command = TRAINERS[name].command(job)
-    words = " ".join(command.words)
-    # What a file says counts as said.
-    texts = [words, *(p.read_text() for p in tmp_path.rglob("*") if p.suffix in KINDS)]
-    said = "\n".join(texts)
-    for wanted in (job.model, str(job.photos), job.prompts[0], str(job.output), "512", "16"):
-        assert wanted in said, wanted
-    assert command.words[-1] == "--last"
-    assert command.variables["TQDM_MININTERVAL"] == "0"
-    assert command.variables["PATH"].startswith(str(job.python.parent))
-    assert "--with_prior_preservation" not in words
-
-
-KINDS = (".json", ".toml", ".yaml", ".txt")
-
-
-def options_of(command):
-    pairs = (word.removeprefix("--").split("=", 1) for word in command.words if "=" in word)
-    return dict(pairs)
-
-
-def test_diffusers_is_told_what_its_documentation_says(tmp_path):
-    command = TRAINERS["diffusers"].command(job_of("sdxl", tmp_path, prior=True))
-    options = options_of(command)
-    assert "--with_prior_preservation" in command.words
-    assert options["num_class_images"] == "12"
-    assert options["class_prompt"] == "a photo of a robot"
-    assert options["max_train_steps"] == "70" and options["checkpointing_steps"] == "71"
-    assert options["train_batch_size"] == "2" and options["rank"] == "16"
-    assert options["mixed_precision"] == "bf16"
-    assert command.words[1:3] == ["-m", "accelerate.commands.launch"]
-    assert "--cpu" not in command.words
-
-
-def test_kohya_reads_a_dataset_of_the_photos(tmp_path):
-    command = TRAINERS["kohya"].command(job_of("sdxl", tmp_path))
-    dataset = tomllib.loads(Path(options_of(command)["dataset_config"]).read_text())
-    (found,) = dataset["datasets"]
-    assert (found["resolution"], found["batch_size"]) == (512, 2)
-    (subset,) = found["subsets"]
-    assert subset["class_tokens"] == "a photo of sks robot"
-
-
-def test_onetrainer_has_one_epoch_of_all_steps(tmp_path):
-    TRAINERS["onetrainer"].command(job_of("sd", tmp_path))
-    config = json.loads((tmp_path / "onetrainer.json").read_text())
-    (concept,) = config["concepts"]
-    assert config["epochs"] == 1
-    assert (concept["balancing"], concept["balancing_strategy"]) == (140.0, "SAMPLES")
-    assert Path(concept["text"]["prompt_path"]).read_text() == "a photo of sks robot"
-
-
-def test_ai_toolkit_reads_yaml_with_the_name_of_its_bar(tmp_path):
-    command = TRAINERS["ai-toolkit"].command(job_of("sd3", tmp_path))
-    config = yaml.safe_load(Path(command.words[2]).read_text())["config"]
-    assert config["name"] == TRAINERS["ai-toolkit"].bar
-    (process,) = config["process"]
-    assert process["train"]["steps"] == 70
-    assert process["model"]["is_v3"] is True
-
-
-def test_simpletuner_starts_where_its_configuration_is(tmp_path):
-    command = TRAINERS["simpletuner"].command(job_of("sdxl", tmp_path))
-    config = json.loads((command.folder / "config" / "config.json").read_text())
-    assert config["max_train_steps"] == 70
-    photos, text = json.loads(Path(config["data_backend_config"]).read_text())
-    assert photos["instance_prompt"] == "a photo of sks robot"
-    assert text["dataset_type"] == "text_embeds"
-
-
-@pytest.mark.parametrize(
-    ("name", "family", "settings", "prior", "message"),
-    [
-        ("simpletuner", "sd", {}, False, "is run on sdxl, sd3, and the model is sd"),
-        ("simpletuner", "sdxl", {"precision": "float32"}, False, "bfloat16, not in float32"),
-        ("kohya", "sd", {"model": "mini-sd"}, False, "networks of the published sizes alone"),
-        ("kohya", "sd", {}, True, "--prior: kohya samples no class images itself"),
-        ("diffusers", "sd", {"model": __file__}, False, "reads a model of sd as a folder alone"),
-        ("kohya", "sd3", {}, False, "reads a model of sd3 as a file alone"),
-        ("diffusers", "sd", {"sampler_steps": 25}, True, "in 50 steps with guidance 7.5 and"),
-        ("diffusers", "sdxl", {}, True, "with guidance 5 and cannot be told other"),
-    ],
-)
-def test_what_a_trainer_cannot_do_is_refused(tmp_path, name, family, settings, prior, message):
-    found = job_of(family, tmp_path, **settings).settings
-    with pytest.raises(UserError, match=message):
-        TRAINERS[name].check(name, found, prior=prior)
-
-
 def test_a_setting_that_the_trainer_left_out_is_refused(tmp_path, diffusers, monkeypatch):
     script = tmp_path / "checkout" / "scripts" / "train.py"
     job = job_of("sd", tmp_path, rounds=1, steps=2)
@@ -389,15 +253,17 @@ def test_a_program_that_is_not_there_is_named(tmp_path):
         run_trainer(command, tmp_path / "output.txt", device="cpu", start_words=None)
 
 
-def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_its_own", [False, True], ids=["our session", "its own session"])
+def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch, of_its_own):
     def interrupt(self, piece, at_s):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run.BarReader, "read", interrupt)
-    code = """
+    code = f"""
         import os, subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        open("ids", "w").write(f"{os.getpid()} {child.pid}")
+        words = [sys.executable, "-c", "import time; time.sleep(60)"]
+        child = subprocess.Popen(words, start_new_session={of_its_own})
+        open("ids", "w").write(f"{{os.getpid()}} {{child.pid}}")
         print("ready", flush=True)
         time.sleep(60)
     """
