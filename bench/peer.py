@@ -28,7 +28,8 @@ from fastppt.families.base import PromptEmbeddings
 from fastppt.trainables.lora import LoraPair
 from fastppt.training.batch import Draws
 
-# The scripts' defaults, beside torch's own for AdamW.
+# The scripts' defaults, beside torch's own for AdamW. That of sd decays by 1e-2, which costs the
+# same.
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-4, 1.0
 PRIOR_WEIGHT = 1.0
 
@@ -243,7 +244,9 @@ class DiffusersStep:
             std = torch.cat([std for _, std in found])
         sample = mean + std * (torch.randn_like(mean) if normals is None else normals.to(mean))
         config = self.subject.pipeline.vae.config
-        return (sample - (config.shift_factor or 0.0)) * config.scaling_factor
+        if config.shift_factor:
+            sample = sample - config.shift_factor
+        return sample * config.scaling_factor
 
     def _encode_all(self) -> list[tuple[Tensor, Tensor]]:
         return [self._encode([photo]) for photo in self._photos()]
@@ -252,12 +255,16 @@ class DiffusersStep:
         vae = self.subject.pipeline.vae
         batch = torch.stack([self.subject.pixels[photo] for photo in photos])
         with torch.no_grad():
-            found = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist
+            # Like them it asks the VAE for its type in each step, and not for its device.
+            found = vae.encode(batch.to(self.subject.device, vae.dtype)).latent_dist
         return found.mean, found.std
 
     def _repeat(self, prompts: Tensor) -> Tensor:
-        """Return the prompts of a step, each as often as there are photos of it."""
-        return prompts[self.rows].repeat_interleave(self.batch_size, dim=0)
+        """Return the prompts of a step, each as often as there are photos of it.
+
+        One by one: a list of rows would be copied to the GPU, and awaited, as no script's is.
+        """
+        return torch.stack([prompts[row] for row in self.rows for _ in range(self.batch_size)])
 
     def _time_ids(self, photo: int) -> Tensor:
         size = tuple(self.subject.pixels.shape[-2:])

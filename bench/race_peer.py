@@ -6,8 +6,10 @@ documentation gives: class images are sampled through the whole pipeline, four a
 as JPEG; the pipeline is let go and the model loaded anew; photos are read once and class images in
 each step; the step is that of `bench.peer`. Left out, in the peer's favour: accelerate, the data
 loader's collation, trackers, validation pictures, the checkpoint of step 500, and the pipeline that
-the scripts load again at the end; of float16, the scaling of the loss; of cached latents, that the
-scripts encode a photo again beside each class image, and go on reading the files in each step.
+the scripts load again at the end; the memory of the text encoders, which that of SDXL keeps to the
+end; of float16, the scaling of the loss; of cached latents, that the scripts encode a photo again
+beside each class image, and go on reading the files in each step. `python -m bench.peers` runs the
+scripts themselves.
 
 Shape legend: P photos and class images together, H and W picture height and width.
 """
@@ -210,7 +212,8 @@ class Pictures:
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """Return a picture's middle [3, H, W], and its height, width and the cut's top and left.
 
-    Scaled so that the short side fits (bilinear, as torchvision's `Resize` does in the scripts).
+    Scaled so that the short side fits: bilinear, as torchvision's `Resize` does in the scripts, but
+    for Lanczos, the default of that of SDXL. They cut at random where this takes the middle.
     """
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     height, width = image.height, image.width

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.step_costs import count_flops
 from bench.step_ways import (
@@ -81,6 +82,42 @@ def test_a_step_of_the_peer_moves_all_its_adapters(open_model):
     moved = [not torch.equal(*pair) for pair in zip(before, peer.parameters, strict=True)]
     assert all(moved) and len(moved) == 2 * len(ours.trainables.lora.pairs)
     assert all(parameter.grad is None for parameter in peer.parameters)
+
+
+class Lookups(TorchDispatchMode):
+    """Notes the shape of each tensor that is looked up by a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_peer_does_not_go_through_all_parameters_for_a_device(open_model, monkeypatch):
+    source, ours = open_model("mini-sdxl", torch.float32)
+    peer = make_peer(source, ours)
+
+    def refuse(vae):
+        raise AssertionError("the scripts never ask the VAE where it is")
+
+    monkeypatch.setattr(type(peer.subject.pipeline.vae), "device", property(refuse))
+    assert peer() > 0
+
+
+def test_the_peer_repeats_its_prompts_without_a_list_that_a_gpu_would_wait_for(open_model):
+    source, ours = open_model("mini-sdxl", torch.float32)
+    peer = make_peer(source, ours, prior=True)
+    peer.batch_size = 2
+    prompts = peer.subject.embeddings
+    with Lookups() as seen:
+        tokens = peer._repeat(prompts.tokens)
+        peer()
+    assert torch.equal(tokens, prompts.tokens[[0, 0, 1, 1]])
+    assert seen.shapes and not {prompts.tokens.shape, prompts.pooled.shape} & {*seen.shapes}
 
 
 @pytest.mark.slow
