@@ -1,5 +1,6 @@
 """Another trainer's own command, timed into a race: ``python -m bench.peers``."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -195,7 +196,7 @@ def join(
     entrant: Entrant, settings: RaceSettings, joined: RaceReport | None, device: str
 ) -> RaceReport:
     """Return the race with one more entrant, in the place of an earlier one of its name."""
-    command = f"python -m bench.peers {' '.join(sys.argv[1:])}"
+    command = shlex.join(["python", "-m", "bench.peers", *sys.argv[1:]])
     if joined is None:
         return make_report(describe_machine(device), settings, [entrant], command)
     others = [each for each in joined.entrants if each.name != entrant.name]

@@ -1,7 +1,10 @@
 """A trainer's rounds, as an entrant of a race."""
 
+import datetime
 import json
+import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -37,6 +40,8 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
         UserError: the trainer failed at the job, or did another one.
     """
     rounds, rates = [], []
+    # It may run long after the race that it joins: when, and how quiet the machine was.
+    date, load = datetime.date.today().isoformat(), round(os.getloadavg()[0], 2)
     for number in range(job.settings.rounds):
         log, command, done = _run_round(trainer, job, pictures, number)
         rounds.append(done)
@@ -45,11 +50,14 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
     settings = {
         "trainer": name,
         "commit": _commit(job.checkout),
+        "date": date,
+        "load": load,
         **_versions(job.python),
-        "command": " ".join(command.words),
+        "command": shlex.join(_from_here(command.words)),
         "it/s, as printed": statistics.median(known) if known else None,
     }
-    notes = [trainer.note, *([] if trainer.has_help else ["its imports are in `other`"])]
+    is_start_known = trainer.has_help or trainer.begins is not None
+    notes = [trainer.note, *([] if is_start_known else ["its imports are in `other`"])]
     return Entrant(
         name=job.entrant.name,
         kind=job.entrant.kind,
@@ -59,6 +67,12 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
         note="; ".join(notes),
         rounds=rounds,
     )
+
+
+def _from_here(words: Sequence[str]) -> list[str]:
+    """Return a command as it is typed in the current folder: of a machine's paths none above it."""
+    here = f"{Path.cwd()}{os.sep}"
+    return [word.replace(here, "") for word in words]
 
 
 def _run_round(
@@ -74,7 +88,9 @@ def _run_round(
     command, path = trainer.command(job), folder / OUTPUT
     # The launcher's and the script's imports, whatever the rest of the command is.
     start_words = [*command.words, "--help"] if trainer.has_help else None
-    log = run_trainer(command, path, device=job.device, start_words=start_words)
+    log = run_trainer(
+        command, path, device=job.device, start_words=start_words, begins=trainer.begins
+    )
     printed = path.read_text(errors="replace")
     if trainer.complaint and (found := re.search(trainer.complaint, printed, re.MULTILINE)):
         line = printed[found.start() :].partition("\n")[0]

@@ -41,9 +41,17 @@ class BarReader:
     """Finds bars in output as it comes, in pieces of any length.
 
     tqdm ends a line before it draws and not after: a bar is found as soon as its rate is there.
+
+    Args:
+        begins: Pattern of what is printed when all has been imported; None: nothing is.
+
+    Attributes:
+        begun_s: When that was read, in seconds since the trainer's process began; None before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begins: str | None = None) -> None:
+        self.begun_s: float | None = None
+        self._begins = begins
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._line = ""
         self._is_found = False
@@ -61,6 +69,8 @@ class BarReader:
             if number:
                 self._line, self._is_found = "", False
             self._line += text
+            if self._begins and self.begun_s is None and re.search(self._begins, self._line):
+                self.begun_s = at_s
             found = BAR.search(self._line)
             if found and not self._is_found:
                 self._is_found = True
@@ -84,14 +94,15 @@ class Log:
 
     Attributes:
         bars: In the order in which they were drawn.
-        wall_s: From the start of its process to the end.
-        start_s: What the interpreter and the imports take, measured apart; None: it cannot be told.
+        done_s: From the start of its process to the last that it printed or wrote. What the
+            process takes to end is no part of the job, as its start is none.
+        start_s: What the interpreter and the imports take; None: it cannot be told.
         peak_memory_bytes: The most that it took.
         memory_kind: Of what.
     """
 
     bars: Sequence[Bar]
-    wall_s: float
+    done_s: float
     start_s: float | None
     peak_memory_bytes: int
     memory_kind: MemoryKind
@@ -103,8 +114,8 @@ def read_round(
     """Return the phases of a run: the training bar parts first step, training and save.
 
     first_step is from that bar's first drawing, at 0, to its first step; save from its last step to
-    the end of the process; class_images from the first drawing of their bar to the last image;
-    other is all before, with loading and encoding, less ``log.start_s``.
+    the last that was printed or written; class_images from the first drawing of their bar to the
+    last image; other is all before, with loading and encoding, less ``log.start_s``.
 
     Args:
         log: Of the run.
@@ -134,14 +145,16 @@ def read_round(
     phases: dict[Phase, float] = {
         "first_step": first_step_s,
         "training": end - begun - first_step_s,
-        "save": log.wall_s - end,
+        "save": log.done_s - end,
         "other": begun,
     }
+    batch_s = None
     if class_images is not None:
         drawn = _moves(_bars_named(log.bars, class_images))
+        batch_s = _step_times(drawn)
         phases["class_images"] = drawn[-1][0] - drawn[0][0]
         phases["other"] -= phases["class_images"]
-    # It was measured on another run, of which the files lay in the cache.
+    # It may have been measured on another run, and longer.
     start_s = None if log.start_s is None else min(log.start_s, phases["other"])
     phases["other"] -= start_s or 0.0
     return Round(
@@ -149,14 +162,21 @@ def read_round(
         phases=phases,
         steps=steps,
         step_s=step_s,
+        batch_s=batch_s,
         peak_memory_bytes=log.peak_memory_bytes,
         memory_kind=log.memory_kind,
     )
 
 
 def printed_rate(bars: Sequence[Bar], training: str) -> float | None:
-    """Return the steps a second that the training bar showed last; None where it showed none."""
-    rates = [bar.rate for bar in _bars_named(bars, training) if bar.rate is not None]
+    """Return the steps a second that the training bar showed at its last step.
+
+    What it shows later, when it is closed, is the mean over all that was done until then: the
+    saving of the model, and more. None where it showed none.
+    """
+    found = _bars_named(bars, training)
+    first_of_last = [bar.count for bar in found].index(found[-1].count)
+    rates = [bar.rate for bar in found[: first_of_last + 1] if bar.rate is not None]
     return rates[-1] if rates else None
 
 

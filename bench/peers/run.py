@@ -21,8 +21,9 @@ from fastppt.errors import UserError
 # Seconds between two looks at the memory.
 POLL_S = 0.25
 PIECE_BYTES = 1 << 16
-# Lines of a trainer's output that are shown where it failed.
-SHOWN_LINES = 15
+# Lines of a trainer's output that are shown where it failed. Its launcher's traceback, of some 20,
+# comes after what it said itself.
+SHOWN_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -43,37 +44,70 @@ class Command:
     num_launchers: int = 0
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """One process, from its start to its end: what it printed, and when, in seconds after it."""
+
+    bars: Sequence[Bar]
+    begun_s: float | None
+    printed_s: float
+    """The last."""
+    written_s: float
+    """The last of the files beside its output; below zero if they all are older."""
+
+
 def run_trainer(
-    command: Command, output: Path, *, device: str, start_words: Sequence[str] | None
+    command: Command,
+    output: Path,
+    *,
+    device: str,
+    start_words: Sequence[str] | None = None,
+    begins: str | None = None,
 ) -> Log:
     """Run a trainer to its end.
 
     Args:
         command: How.
-        output: File for all that it prints.
+        output: File for all that it prints, in the folder that it writes to.
         device: "cuda" watches the GPU's memory, which nothing else may be using; "cpu" the host's.
-        start_words: A command that imports the same and does nothing, run before to be timed;
-            None: there is none.
+        start_words: A command that imports the same, prints something and ends, run before to be
+            timed; None: there is none.
+        begins: Pattern of what the trainer itself prints when all has been imported, instead.
 
     Raises:
-        UserError: it cannot be started, or fails; with the end of what it printed.
+        UserError: it cannot be started, or fails; with the end of what it printed. Or it never
+            printed what it is to begin with.
     """
     start_s = None
     if start_words is not None:
-        start_s = _run(command, start_words, output, None)[1]
+        # The first reads the files from disk, and the trainer, run after it, does not.
+        for _ in range(2):
+            start_s = _run(command, start_words, output, None).printed_s
     watch = MemoryWatch(device, command.num_launchers)
-    bars, wall_s = _run(command, command.words, output, watch)
+    ran = _run(command, command.words, output, watch, begins)
     if watch.peak == 0:
         raise UserError(f"{output}: the trainer took no memory of the {device}; did it train?")
-    return Log(bars, wall_s, start_s, watch.peak, watch.kind)
+    if begins is not None:
+        start_s = ran.begun_s
+        if start_s is None:
+            raise UserError(
+                f"{output}: the trainer printed nothing like {begins!r}, which says that it has "
+                "begun; is the checkout of the version that bench/peers/README.md names?"
+            )
+    done_s = max(ran.printed_s, ran.written_s)
+    return Log(ran.bars, done_s, start_s, watch.peak, watch.kind)
 
 
 def _run(
-    command: Command, words: Sequence[str], output: Path, watch: "MemoryWatch | None"
-) -> tuple[list[Bar], float]:
-    """Return the bars that a command printed, and how long it took."""
-    reader, bars = BarReader(), []
-    begun = time.monotonic()
+    command: Command,
+    words: Sequence[str],
+    output: Path,
+    watch: "MemoryWatch | None",
+    begins: str | None = None,
+) -> _Ran:
+    """Run a command to its end."""
+    reader, bars, printed_s = BarReader(begins), [], 0.0
+    begun, begun_at = time.monotonic(), time.time()
     try:
         process = subprocess.Popen(
             words,
@@ -92,7 +126,8 @@ def _run(
             watch.start(process.pid)
         with output.open("wb") as file:
             while piece := os.read(process.stdout.fileno(), PIECE_BYTES):
-                bars += reader.read(piece, time.monotonic() - begun)
+                printed_s = time.monotonic() - begun
+                bars += reader.read(piece, printed_s)
                 file.write(piece)
         code = process.wait()
     finally:
@@ -107,7 +142,9 @@ def _run(
             f"the trainer ended with exit code {code}; all that it printed is in {output}, "
             f"which ends:\n{end_of(output)}"
         )
-    return bars, time.monotonic() - begun
+    files = [path for path in output.parent.rglob("*") if path.is_file() and path != output]
+    written_at = max((path.stat().st_mtime for path in files), default=begun_at)
+    return _Ran(bars, reader.begun_s, printed_s, written_at - begun_at)
 
 
 def _kill_tree(process_id: int) -> None:
@@ -177,7 +214,11 @@ def _gpu_bytes() -> int:
 
 
 def resident_bytes(process: psutil.Process, num_launchers: int) -> int:
-    """Return what a process and its children take, without so many generations of launchers."""
+    """Return what a process and its children take, without so many generations of launchers.
+
+    Of the pages that they share with anyone, those of the process that has most of them. The
+    kernel's proportional count would give a launcher, which imports torch too, a part of torch.
+    """
     try:
         members = [process]
         for _ in range(num_launchers):
@@ -185,12 +226,14 @@ def resident_bytes(process: psutil.Process, num_launchers: int) -> int:
         tree = {each for member in members for each in (member, *member.children(recursive=True))}
     except psutil.NoSuchProcess:
         return 0
-    return sum(_proportional_bytes(each) for each in tree)
+    parts = [_own_and_shared_bytes(each) for each in tree]
+    return sum(own for own, _ in parts) + max((shared for _, shared in parts), default=0)
 
 
-def _proportional_bytes(process: psutil.Process) -> int:
+def _own_and_shared_bytes(process: psutil.Process) -> tuple[int, int]:
     try:
-        return process.memory_full_info().pss
+        memory = process.memory_full_info()
     # It ended between two looks.
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return 0
+        return 0, 0
+    return memory.uss, memory.rss - memory.uss

@@ -66,6 +66,7 @@ class Trainer:
         no_mini: Why it cannot train the embedded models; None: it may.
         reads_sd2: Its command is that of Stable Diffusion 2.x too, not of 1.x alone.
         has_help: Its command with --help imports what a run imports, and no more.
+        begins: Pattern of what it prints when it has imported all; better than --help.
         counts_from: The count that its bar shows when the first step is done.
         complaint: Pattern of a line that says that it left out a setting; such a run is refused.
     """
@@ -83,6 +84,7 @@ class Trainer:
     no_mini: str | None = None
     reads_sd2: bool = False
     has_help: bool = False
+    begins: str | None = None
     counts_from: int = 1
     complaint: str | None = None
 
@@ -168,6 +170,11 @@ def diffusers_command(job: PeerJob) -> Command:
         options["repeats"] = settings.batch_size
     flags = []
     if job.entrant.prior:
+        if settings.resolution != job.own_size:
+            raise UserError(
+                f"--prior: diffusers samples class images of the model's own size, {job.own_size}, "
+                f"and cannot be told other, and the race has {settings.resolution}; run the race so"
+            )
         flags = ["--with_prior_preservation"]
         options |= {
             "prior_loss_weight": 1.0,
@@ -273,7 +280,8 @@ TRAINERS = {
         note="photos (and class images) are encoded anew in each step",
         loads=("folder",),
         reads_sd2=True,
-        has_help=True,
+        # Of accelerate's state, the first that they log.
+        begins=r"Distributed environment: ",
     ),
     "kohya": Trainer(
         families=("sd", "sdxl", "sd3"),

@@ -1,5 +1,6 @@
 """Jobs for other trainers, for the tests of what these are told."""
 
+import json
 from pathlib import Path
 
 from bench.peers.jobs import PeerJob
@@ -8,6 +9,16 @@ from bench.race_results import RaceSettings
 
 MODELS = {"sd": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium"}
 ONETRAINER_CONFIG = Path("modules/util/config/TrainConfig.py")
+
+
+def write_sizes(model, network, side):
+    """Say in a model's folder how large its latents are, and pictures eight times as large."""
+    for part, config in (
+        (network, {"sample_size": side}),
+        ("vae", {"block_out_channels": [8] * 4}),
+    ):
+        (model / part).mkdir(parents=True, exist_ok=True)
+        (model / part / "config.json").write_text(json.dumps(config))
 
 
 def job_of(family, tmp_path, *, prior=False, **settings):
@@ -32,6 +43,7 @@ def job_of(family, tmp_path, *, prior=False, **settings):
     for name in ("train_network.py", "sdxl_train_network.py", "sd3_train_network.py"):
         checkout.mkdir(exist_ok=True)
         (checkout / name).touch()
+    write_sizes(tmp_path / "model", "transformer" if family == "sd3" else "unet", 64)
     scripts = checkout / "examples" / "dreambooth"
     scripts.mkdir(parents=True, exist_ok=True)
     for suffix in ("", "_sdxl", "_sd3"):

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from bench.peers.trainers import TRAINERS
 from bench.race_ratios import make_report
 from bench.race_results import Entrant, read_race, write_race
 from fastppt.errors import UserError
-from tests.bench.peer_jobs import job_of
+from tests.bench.peer_jobs import job_of, write_sizes
 
 # Prints what diffusers' scripts print, for as long as it is told; all else of them is left out.
 SCRIPT = """
@@ -37,6 +38,7 @@ parser.add_argument("--with_prior_preservation", action="store_true")
 parser.add_argument("--fail", action="store_true")
 parser.add_argument("--forget", action="store_true")
 args, others = parser.parse_known_args()
+print("INFO - Distributed environment: DistributedType.NO", file=sys.stderr)
 if args.with_prior_preservation:
     batches = range(args.num_class_images // 4)
     for batch in tqdm(batches, desc="Generating class images"):
@@ -88,6 +90,7 @@ def given(tmp_path_factory):
     (folder / "model").mkdir()
     index = {"_class_name": "StableDiffusionPipeline"}
     (folder / "model" / "model_index.json").write_text(json.dumps(index))
+    write_sizes(folder / "model", "unet", 8)
     (folder / "photos").mkdir()
     for number in range(5):
         Image.new("RGB", (4, 4)).save(folder / "photos" / f"{number}.png")
@@ -111,6 +114,7 @@ def test_a_trainer_is_run_on_the_race_and_joins_it(diffusers, given, tmp_path):
     (entrant,) = plain.entrants
     assert (entrant.kind, entrant.prior, len(entrant.rounds)) == ("external", False, 2)
     assert entrant.settings["it/s, as printed"] > 0
+    assert entrant.settings["date"] == plain.machine["date"] and entrant.settings["load"] >= 0
     # A copy of the photos alone, and the seed.
     for number in range(2):
         seen = json.loads((tmp_path / "plain" / f"round-{number}" / "seen.json").read_text())
@@ -128,7 +132,8 @@ def test_a_trainer_is_run_on_the_race_and_joins_it(diffusers, given, tmp_path):
     ]
     assert {ratio.what for ratio in joined.ratios} == {"total", "class images cached", "step"}
     prior = joined.entrants[1]
-    assert prior.settings["command"].endswith("--more")
+    words = shlex.split(prior.settings["command"])
+    assert words[-1] == "--more" and "--instance_prompt=a photo of sks robot" in words
     assert "x as fast" in second.output
 
 
@@ -140,7 +145,7 @@ def test_every_phase_of_a_run_is_noted(diffusers, given, tmp_path):
     assert found.steps == 8
     assert list(found.phases) == ["class_images", "first_step", "training", "save", "other"]
     assert min(found.phases.values()) >= 0 and found.phases["class_images"] > 0
-    assert found.step_s.p50 > 0 and found.start_s > 0
+    assert found.step_s.p50 > 0 and found.start_s > 0 and found.batch_s.p50 > 0
     assert found.memory_kind == "resident" and found.peak_memory_bytes > 5e6
 
 
@@ -221,6 +226,18 @@ def test_the_scripts_are_launched_by_accelerate_on_a_model_that_is_built(diffuse
     assert entrant.settings["torch"]
 
 
+def test_a_race_that_is_written_where_the_trainer_lies_names_no_folder_above(
+    diffusers, given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert call(*diffusers, *given, "--output", "out").exit_code == 0
+    (entrant,) = read_race(tmp_path / "out" / "race.json").entrants
+    words = shlex.split(entrant.settings["command"])
+    assert words[0] == "venv/bin/python"
+    assert f"--output_dir={Path('out/round-0')}" in words
+    assert not [word for word in words if str(tmp_path) in word]
+
+
 def test_a_setting_that_the_trainer_left_out_is_refused(tmp_path, diffusers, monkeypatch):
     script = tmp_path / "checkout" / "scripts" / "train.py"
     job = job_of("sd", tmp_path, rounds=1, steps=2)
@@ -231,10 +248,56 @@ def test_a_setting_that_the_trainer_left_out_is_refused(tmp_path, diffusers, mon
         time_trainer("onetrainer", TRAINERS["onetrainer"], job, [])
 
 
-def run_python(code, tmp_path, *, num_launchers=0, device="cpu"):
+def run_python(code, tmp_path, *, num_launchers=0, device="cpu", **options):
     words = [sys.executable, "-c", textwrap.dedent(code)]
     command = Command(words, tmp_path, {}, num_launchers)
-    return run_trainer(command, tmp_path / "output.txt", device=device, start_words=None)
+    return run_trainer(command, tmp_path / "output.txt", device=device, **options)
+
+
+def test_the_job_ends_with_the_last_line_and_not_with_the_process(tmp_path):
+    begun = time.monotonic()
+    log = run_python("import time; print('saved', flush=True); time.sleep(1)", tmp_path)
+    assert 0 < log.done_s <= time.monotonic() - begun - 1
+
+
+def test_the_job_ends_with_what_is_written_after_the_last_line(tmp_path):
+    code = """
+        import time
+        print("saving", flush=True)
+        time.sleep(1)
+        open("lora.safetensors", "w").close()
+        time.sleep(1)
+    """
+    (tmp_path / "old").touch()
+    begun = time.monotonic()
+    log = run_python(code, tmp_path)
+    # A file's time is that of a clock's last tick.
+    assert 0.9 < log.done_s < time.monotonic() - begun - 0.9
+
+
+def test_the_start_is_until_the_trainer_says_that_it_begins(tmp_path):
+    code = "import time; time.sleep(0.5); print('begun: now', flush=True); time.sleep(0.5)"
+    log = run_python(f"{code}; print('done')", tmp_path, begins="^begun: ")
+    assert 0.5 < log.start_s < log.done_s - 0.4
+
+
+def test_a_trainer_that_never_says_that_it_begins_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"printed nothing like '.begun: ', which says that it has"):
+        run_python("import time; time.sleep(0.5); print('begin')", tmp_path, begins="^begun: ")
+
+
+def test_a_start_that_is_measured_apart_finds_its_files_read(tmp_path, monkeypatch):
+    printed = {"help": iter([9.0, 5.0]), "train": iter([30.0])}
+
+    def run_once(command, words, output, watch, begins=None):
+        if watch is not None:
+            watch.peak = 1000
+        return run._Ran([], None, next(printed[words[0]]), -1.0)
+
+    monkeypatch.setattr(run, "_run", run_once)
+    command = Command(["train"], tmp_path, {})
+    log = run_trainer(command, tmp_path / "output.txt", device="cpu", start_words=["help"])
+    assert (log.start_s, log.done_s) == (5.0, 30.0)
 
 
 def test_a_failure_shows_the_end_of_what_was_printed(tmp_path):
@@ -245,6 +308,12 @@ def test_a_failure_shows_the_end_of_what_was_printed(tmp_path):
     assert "exit code 1" in message and "no memory" in message and "\n99\n" in message
     assert "\n50\n" not in message
     assert "xxxxxxxxxx" in (tmp_path / "output.txt").read_text()
+
+
+def test_a_launchers_traceback_does_not_hide_what_the_trainer_said(tmp_path):
+    code = "print('no such flag'); print('launcher\\n' * 22); raise SystemExit(1)"
+    with pytest.raises(UserError, match=r"ends:\nno such flag\nlauncher\n"):
+        run_python(code, tmp_path)
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path):
@@ -315,6 +384,33 @@ def test_memory_is_that_of_the_tree_below_its_launchers(family_of_processes, num
     found = resident_bytes(family_of_processes, num_launchers) / 2**20
     # An interpreter's own is a few more, each.
     assert held <= found < held + 15 * (3 - num_launchers) + 1e-9
+
+
+def test_memory_that_is_shared_with_a_launcher_is_counted_and_among_children_once(tmp_path):
+    code = """
+        import mmap, subprocess, sys
+        with open("shared", "rb") as file:
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sum(held[::4096])
+        words = [sys.executable, "-c", sys.argv[2], "", ""]
+        children = [subprocess.Popen(words, stdout=subprocess.PIPE) for _ in sys.argv[1]]
+        for child in children:
+            child.stdout.readline()
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    (tmp_path / "shared").write_bytes(bytes(60 << 20))
+    code = textwrap.dedent(code)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "12", code],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    found = resident_bytes(psutil.Process(process.pid), 1) / 2**20
+    process.communicate()
+    assert 60 <= found < 60 + 3 * 15
 
 
 def test_memory_of_a_gpu_is_what_is_taken_beyond_what_was(monkeypatch, tmp_path):

@@ -117,6 +117,23 @@ def test_diffusers_repeats_photos_where_it_can_so_that_batches_are_whole(family,
     assert options_of(command).get("repeats") == repeats
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_class_images_of_another_size_than_the_models_own_are_refused(tmp_path, family):
+    command = TRAINERS["diffusers"].command
+    assert command(job_of(family, tmp_path, prior=True))
+    # Without class images any size will do.
+    assert command(job_of(family, tmp_path, resolution=256))
+    with pytest.raises(UserError, match=r"the model's own size, 512, .* the race has 256; run the"):
+        command(job_of(family, tmp_path, prior=True, resolution=256))
+
+
+def test_a_model_that_does_not_say_its_size_is_named(tmp_path):
+    job = job_of("sdxl", tmp_path, prior=True)
+    (tmp_path / "model" / "vae" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--model .*vae/config.json do not say what size"):
+        TRAINERS["diffusers"].command(job)
+
+
 def test_kohya_reads_a_dataset_of_the_photos_whose_epoch_has_all_steps(tmp_path):
     command = TRAINERS["kohya"].command(job_of("sdxl", tmp_path))
     dataset = tomllib.loads(Path(options_of(command)["dataset_config"]).read_text())
@@ -250,10 +267,9 @@ def test_a_trainer_that_needs_a_gpu_is_refused_without(tmp_path):
 @pytest.mark.parametrize("name", ["diffusers", "kohya", "onetrainer", "ai-toolkit"])
 @pytest.mark.parametrize("is_second", [False, True])
 def test_a_model_of_the_second_version_goes_to_those_who_can_tell(name, is_second, tmp_path):
-    config = tmp_path / "model" / "unet" / "config.json"
-    config.parent.mkdir(parents=True)
-    config.write_text(json.dumps({"use_linear_projection": is_second}))
     settings = job_of("sd", tmp_path, model=str(tmp_path / "model")).settings
+    config = tmp_path / "model" / "unet" / "config.json"
+    config.write_text(json.dumps({"use_linear_projection": is_second}))
     if is_second and name != "diffusers":
         with pytest.raises(UserError, match=f"2.x, and the command for {name} is of 1.x"):
             TRAINERS[name].check(name, settings, "cuda", prior=False)

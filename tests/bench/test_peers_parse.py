@@ -17,10 +17,10 @@ def read_all(text):
     return BarReader().read(text.encode(), 1.0)
 
 
-def log_of(*drawings, wall_s=100.0, start_s=None):
+def log_of(*drawings, done_s=100.0, start_s=None):
     """Return a log of bars given as (name, count, total, at_s)."""
     bars = [Bar(name, count, total, 1.0, at_s) for name, count, total, at_s in drawings]
-    return Log(bars, wall_s, start_s, 1000, "resident")
+    return Log(bars, done_s, start_s, 1000, "resident")
 
 
 def steps_at(*seconds, counts=None, total=None):
@@ -69,6 +69,23 @@ def test_what_tqdm_draws_is_read():
     assert printed_rate(bars, "step") > 0
 
 
+def test_the_rate_is_that_of_the_last_step_and_not_of_the_bar_when_it_is_closed():
+    rates = ((0, None), (1, 2.0), (2, 4.0), (2, 4.0), (2, 0.5))
+    bars = [Bar("Steps", count, 2, rate, 1.0) for count, rate in rates]
+    assert printed_rate(bars, "Steps") == 4.0
+    assert printed_rate(bars[:1], "Steps") is None
+
+
+def test_the_begin_is_found_once_wherever_the_output_is_cut():
+    text = "loading\nINFO - Distributed environment: NO\nDistributed environment: NO\n"
+    for cut in range(len(text)):
+        reader = BarReader(begins="Distributed environment: ")
+        reader.read(text[:cut].encode(), 1.0)
+        reader.read(text[cut:].encode(), 2.0)
+        reader.read(text.encode(), 3.0)
+        assert reader.begun_s == (1.0 if cut >= text.index("NO") else 2.0), cut
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -86,7 +103,7 @@ def test_text_that_is_no_bar_is_left_alone():
 
 
 def test_the_bar_parts_first_step_training_and_save():
-    found = read(log_of(*steps_at(20.0, 24.0, 25.0, 26.0, 28.0), wall_s=31.0), 4)
+    found = read(log_of(*steps_at(20.0, 24.0, 25.0, 26.0, 28.0), done_s=31.0), 4)
     assert found.phases == {"first_step": 4.0, "training": 4.0, "save": 3.0, "other": 20.0}
     assert found.steps == 4
     assert found.step_s.p50 == 1.0
@@ -97,12 +114,22 @@ def test_start_and_class_images_are_taken_from_what_came_before():
     images = [("Generating class images", n, 2, at) for n, at in enumerate((8.0, 10.0, 12.0))]
     # Its closing drawing comes when all has been saved.
     images.append(("Generating class images", 2, 2, 13.0))
-    log = log_of(*images, *steps_at(20.0, 24.0, 25.0, 26.0), wall_s=30.0, start_s=5.0)
+    log = log_of(*images, *steps_at(20.0, 24.0, 25.0, 26.0), done_s=30.0, start_s=5.0)
     found = read_round(log, 3, training="Steps", class_images="Generating class images")
     assert found.start_s == 5.0
     assert found.phases["class_images"] == 4.0
     assert found.phases["other"] == 20.0 - 4.0 - 5.0
     assert sum(found.phases.values()) + found.start_s == 30.0
+
+
+def test_batches_of_class_images_are_timed_one_by_one():
+    images = [("images", n, 5, at) for n, at in enumerate((8.0, 20.0, 21.0, 23.0, 26.0, 30.0))]
+    log = log_of(*images, *steps_at(40.0, 41.0, 42.0, 43.0))
+    found = read_round(log, 3, training="Steps", class_images="images")
+    # The first is slower, as it is with us, and is none of them.
+    assert found.batch_s.p50 == 2.5 and 1.0 < found.batch_s.p20 < found.batch_s.p80 < 4.0
+    least, most = found.reach("total")
+    assert least < found.seconds("total") < most
 
 
 def test_a_start_that_took_longer_alone_leaves_no_negative_rest():
@@ -126,7 +153,7 @@ def test_counts_that_were_read_at_once_are_one_drawing():
 
 
 def test_a_bar_that_counts_steps_from_0_is_one_behind():
-    log = log_of(*steps_at(10.0, 14.0, 15.0, 16.0, total=4), wall_s=18.0)
+    log = log_of(*steps_at(10.0, 14.0, 15.0, 16.0, total=4), done_s=18.0)
     found = read(log, 4, counts_from=0)
     # The first drawing of 1 is that of the second step.
     assert (found.phases["first_step"], found.phases["training"]) == (3.0, 3.0)
