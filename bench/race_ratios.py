@@ -137,6 +137,9 @@ def _decompose(
     engine = compare(best, eager, what)
     if whole is None or slow is None or engine is None:
         return None
+    if best is eager:
+        # Whatever its steps spread.
+        engine = engine.model_copy(update={"low": engine.value, "high": engine.value})
     assert eager.recipe is not None
     return Decomposition(
         recipe=eager.recipe,

@@ -41,15 +41,20 @@ MEMORY: dict[MemoryKind, str] = {
 EXTRAPOLATED, SHARED = "†", "‡"
 
 
-def race_tables(report: RaceReport | None) -> str:
-    """Return the README's tables of a race: what it took, how many times as long, and why."""
-    head = "**One subject, from the first file read to the last one written**"
+def race_tables(report: RaceReport | None, label: str = "") -> str:
+    """Return the README's tables of a race: what it took, how many times as long, and why.
+
+    Of one with a label, which stands beside another, without how many times as long: the page has
+    that.
+    """
+    named = f", {label.replace('-', ' ')}" if label else ""
+    head = f"**One subject, from the first file read to the last one written{named}**"
     if report is None:
         return f"{head} (not measured yet)."
     given = f"{describe_settings(report.settings)} ({describe_machine(report)})"
-    parts = [f"{head}: {given}.", seconds_table(report)]
-    parts += [text for text in (ratio_tables(report), decomposition_table(report)) if text]
-    return "\n\n".join(parts)
+    ratios = "" if label else ratio_tables(report)
+    parts = [f"{head}: {given}.", seconds_table(report), ratios, decomposition_table(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def describe_settings(settings: RaceSettings) -> str:

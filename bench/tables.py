@@ -66,17 +66,19 @@ def write_tables(results: Path) -> str:
 
 
 def write_race_tables(results: Path) -> str:
-    """Return the tables of the latest race of each model, on the CPU and on a GPU."""
+    """Return the tables of the latest race of each model and label, on the CPU and on a GPU."""
     # With pydantic, which a machine that only makes the other tables may not have.
     from bench.race_results import read_race
     from bench.race_tables import race_tables
 
-    races = [
-        read_race(path)
-        for device in ("cpu", "cuda")
-        for path in latest_by_name(results, f"{device}-race-*.json")
-    ]
-    return "\n\n".join(race_tables(race) for race in races or [None])
+    tables = []
+    for device in ("cpu", "cuda"):
+        for path in latest_by_name(results, f"{device}-race-*.json"):
+            race = read_race(path)
+            plain = f"{device}-race-{Path(race.settings.model).name}"
+            label = path.stem.rsplit("-", 3)[0].removeprefix(plain).lstrip("-")
+            tables.append(race_tables(race, label))
+    return "\n\n".join(tables or [race_tables(None)])
 
 
 def write_toy2d_table(results: Path) -> str:

@@ -192,6 +192,18 @@ def test_trainer_method_and_engine_make_up_the_whole(entrants):
     assert step.whole.of == PPT_GRAPH
 
 
+def test_what_an_engine_adds_to_itself_is_nothing_and_has_no_spread():
+    def spread(seconds):
+        times = StepTimes(p20=0.9 * seconds, p50=seconds, p80=1.2 * seconds)
+        return [Round(phases={"training": 10 * seconds}, steps=10, step_s=times)]
+
+    peer = make_entrant(PEER, spread(4.0), kind="diffusers", prior=True)
+    own = make_entrant(PPT_EAGER, spread(2.0), recipe="ppt-lora")
+    parts = make_report({}, SETTINGS, [peer, own]).decomposition
+    assert parts and all(part.whole.low < part.whole.high for part in parts)
+    assert {(part.engine.low, part.engine.value, part.engine.high) for part in parts} == {(1, 1, 1)}
+
+
 def test_a_decomposition_needs_the_diffusers_job_and_an_eager_run(entrants):
     peer, prior, eager, graph = entrants
     assert make_report({}, SETTINGS, [prior, eager, graph]).decomposition == []

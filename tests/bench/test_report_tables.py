@@ -132,10 +132,15 @@ def test_the_readme_has_the_latest_race_of_each_model_and_device(tmp_path):
 
     write("cpu-race-mini-sdxl-2030-01-02")
     write("cpu-race-mini-sdxl-2030-01-03", steps=300)
-    write("cuda-race-sdxl-2030-01-01", model="sdxl")
+    write("cpu-race-mini-sdxl-two-engines-2030-01-01", steps=400)
+    write("cuda-race-sdxl-2030-01-01", model="models/sdxl")
     write("red-cuda-race-sd15-2030-01-01", model="sd15")
     text = tables.write_race_tables(tmp_path)
     heads = re.findall(r"\*\*One subject.*", text)
-    assert [head.split(": ")[1].split(" ")[0] for head in heads] == ["mini-sdxl", "sdxl"]
+    models = [head.split(": ")[1].split(" ")[0] for head in heads]
+    assert models == ["mini-sdxl", "mini-sdxl", "models/sdxl"]
     assert "300 steps" in heads[0] and "2030-01-03" in heads[0]
+    assert ["written, two engines**" in head for head in heads] == [False, True, False]
+    # What a label sets apart has no tables of ratios.
+    assert text.count("Times as fast as") == 2 * ratio_tables(make_race()).count("Times as fast as")
     assert f"| {PPT_GRAPH} |" in text
