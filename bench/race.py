@@ -146,11 +146,11 @@ def race(
         machine = describe_machine(place.type)
         # What each entrant is given, not this process.
         machine["threads"] = threads
-        names = [Path(model).absolute().name, *([label] if label else []), str(machine["date"])]
-        path = output / f"{place.type}-race-{'-'.join(names)}.json"
+        parts = [Path(model).absolute().name, *([label] if label else []), str(machine["date"])]
+        path = output / f"{place.type}-race-{'-'.join(parts)}.json"
         for last, entrants in run_race(plan):
             print(describe_round(*last), flush=True)
-            report = make_report(machine, settings, entrants, command())
+            report = make_report(machine, settings, entrants, command(), label or "")
             write_race(path, report)
     print(describe_race(report))
     print(f"written: {path}")
@@ -167,7 +167,7 @@ def check_label(label: str | None) -> None:
     Raises:
         UserError: names the label.
     """
-    if label is not None and not re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", label):
+    if label is not None and not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", label):
         raise UserError(f"--label {label}: give small letters, digits and hyphens, a letter first")
 
 

@@ -212,8 +212,8 @@ class Pictures:
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int, int, int]]:
     """Return a picture's middle [3, H, W], and its height, width and the cut's top and left.
 
-    Scaled so that the short side fits: bilinear, as torchvision's `Resize` does in the scripts, but
-    for Lanczos, the default of that of SDXL. They cut at random where this takes the middle.
+    Scaled so that the short side fits, bilinear; the script of SDXL defaults to Lanczos. The
+    scripts cut at random where this takes the middle.
     """
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     height, width = image.height, image.width

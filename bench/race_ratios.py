@@ -35,6 +35,7 @@ def make_report(
     settings: RaceSettings,
     entrants: Sequence[Entrant],
     command: str = "",
+    label: str = "",
 ) -> RaceReport:
     """Return a race with the ratios that follow from its entrants.
 
@@ -45,6 +46,7 @@ def make_report(
         machine=machine,
         settings=settings,
         command=command,
+        label=label,
         entrants=list(entrants),
         ratios=list_ratios(entrants),
         decomposition=decompose(entrants, settings.family),
@@ -138,7 +140,7 @@ def _decompose(
     if whole is None or slow is None or engine is None:
         return None
     if best is eager:
-        # Whatever its steps spread.
+        # Against itself it is 1 in every step.
         engine = engine.model_copy(update={"low": engine.value, "high": engine.value})
     assert eager.recipe is not None
     return Decomposition(

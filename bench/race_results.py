@@ -235,6 +235,8 @@ class RaceReport(Record):
     settings: RaceSettings
     command: str = ""
     """What was typed."""
+    label: str = ""
+    """What sets it apart from other races of its model; also in the file's name."""
     entrants: Annotated[list[Entrant], Field(min_length=1)]
     ratios: list[Ratio] = []
     decomposition: list[Decomposition] = []

@@ -106,7 +106,7 @@ def run_race(plan: RacePlan, *, until: float | None = None) -> Iterator[tuple[Ra
 
 
 def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round | None:
-    """Do a job in a process of its own, with Inductor's cache empty: its first step compiles all.
+    """Do a job in a process of its own, its first step compiling anew: caches are empty.
 
     Args:
         job: The whole of it.
@@ -128,7 +128,8 @@ def run_job(job: Job, folder: Path, most_seconds: float | None = None) -> Round 
         **os.environ,
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
     }
     with log.open("w") as text:
         command = [sys.executable, "-m", "bench.race_entrant", str(file), str(out)]

@@ -41,18 +41,18 @@ MEMORY: dict[MemoryKind, str] = {
 EXTRAPOLATED, SHARED = "†", "‡"
 
 
-def race_tables(report: RaceReport | None, label: str = "") -> str:
+def race_tables(report: RaceReport | None) -> str:
     """Return the README's tables of a race: what it took, how many times as long, and why.
 
-    Of one with a label, which stands beside another, without how many times as long: the page has
-    that.
+    Of one with a label, which stands beside another, without the tables of ratios, which
+    `bench.report` shows.
     """
-    named = f", {label.replace('-', ' ')}" if label else ""
-    head = f"**One subject, from the first file read to the last one written{named}**"
+    head = "One subject, from the first file read to the last one written"
     if report is None:
-        return f"{head} (not measured yet)."
+        return f"**{head}** (not measured yet)."
+    head = f"**{head}{', ' * bool(report.label)}{report.label.replace('-', ' ')}**"
     given = f"{describe_settings(report.settings)} ({describe_machine(report)})"
-    ratios = "" if label else ratio_tables(report)
+    ratios = "" if report.label else ratio_tables(report)
     parts = [f"{head}: {given}.", seconds_table(report), ratios, decomposition_table(report)]
     return "\n\n".join(part for part in parts if part)
 
@@ -195,10 +195,19 @@ def _explain(report: RaceReport) -> list[str]:
             f"{SHARED} the time of another entrant or round that did the very same (energy too, "
             "memory not)."
         )
-    if any("compile" in entrant.engine for entrant in report.entrants):
+    # On a GPU our eager steps have kernels of Triton.
+    is_gpu = report.machine.get("device") == "cuda"
+    if any(e.kind == "ours" and (is_gpu or "compile" in e.engine) for e in report.entrants):
         parts.append(
-            "Every job compiles anew, on all cores (first step); later jobs of the same shapes "
-            "find that in Inductor's cache."
+            "Each of our jobs compiles anew, on all cores (first step); outside of a race later "
+            "jobs of the same shapes find that in the caches of Inductor and Triton."
+        )
+    others = [entrant for entrant in report.entrants if entrant.kind == "external"]
+    if others:
+        loads = ", ".join(str(entrant.settings.get("load")) for entrant in others)
+        parts.append(
+            f"Own commands ran after the others (load {loads}; {report.machine.get('load')} before "
+            "these), and what they import late is in *other*."
         )
     kinds = {each.memory_kind for e in report.entrants for each in e.rounds} - {None}
     if kinds:

@@ -74,10 +74,7 @@ def write_race_tables(results: Path) -> str:
     tables = []
     for device in ("cpu", "cuda"):
         for path in latest_by_name(results, f"{device}-race-*.json"):
-            race = read_race(path)
-            plain = f"{device}-race-{Path(race.settings.model).name}"
-            label = path.stem.rsplit("-", 3)[0].removeprefix(plain).lstrip("-")
-            tables.append(race_tables(race, label))
+            tables.append(race_tables(read_race(path)))
     return "\n\n".join(tables or [race_tables(None)])
 
 

@@ -201,7 +201,7 @@ def join(
         return make_report(describe_machine(device), settings, [entrant], command)
     others = [each for each in joined.entrants if each.name != entrant.name]
     command = f"{joined.command}; {command}"
-    return make_report(joined.machine, settings, [*others, entrant], command)
+    return make_report(joined.machine, settings, [*others, entrant], command, joined.label)
 
 
 def show(report: RaceReport, entrant: Entrant) -> None:

@@ -21,8 +21,9 @@ from fastppt.errors import UserError
 # What of a trainer's environment a reader wants to know.
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "simpletuner")
 LIST_VERSIONS = (
-    "import importlib.metadata as m, json; found = {d.name.lower(): d.version for d in "
-    f"m.distributions()}}; print(json.dumps({{n: found[n] for n in {PACKAGES} if n in found}}))"
+    "import importlib.metadata as m, json; "
+    "found = {d.name.lower(): d.version for d in m.distributions() if d.name}; "
+    f"print(json.dumps({{n: found[n] for n in {PACKAGES} if n in found}}))"
 )
 OUTPUT = "output.txt"
 
@@ -40,6 +41,7 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
         UserError: the trainer failed at the job, or did another one.
     """
     rounds, rates = [], []
+    versions = _versions(job.python)
     # It may run long after the race that it joins: when, and how quiet the machine was.
     date, load = datetime.date.today().isoformat(), round(os.getloadavg()[0], 2)
     for number in range(job.settings.rounds):
@@ -52,7 +54,7 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
         "commit": _commit(job.checkout),
         "date": date,
         "load": load,
-        **_versions(job.python),
+        **versions,
         "command": shlex.join(_from_here(command.words)),
         "it/s, as printed": statistics.median(known) if known else None,
     }
@@ -70,9 +72,9 @@ def time_trainer(name: str, trainer: Trainer, job: PeerJob, pictures: Sequence[P
 
 
 def _from_here(words: Sequence[str]) -> list[str]:
-    """Return a command as it is typed in the current folder: of a machine's paths none above it."""
-    here = f"{Path.cwd()}{os.sep}"
-    return [word.replace(here, "") for word in words]
+    """Return a command as it is typed in the current folder; other paths stay as they are."""
+    here = re.escape(f"{Path.cwd()}{os.sep}")
+    return [re.sub(rf"(^|=){here}", r"\1", word) for word in words]
 
 
 def _run_round(

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -142,9 +142,19 @@ def _run(
             f"the trainer ended with exit code {code}; all that it printed is in {output}, "
             f"which ends:\n{end_of(output)}"
         )
-    files = [path for path in output.parent.rglob("*") if path.is_file() and path != output]
-    written_at = max((path.stat().st_mtime for path in files), default=begun_at)
+    if watch is not None:
+        watch.check()
+    written_at = max(_times_written(output), default=begun_at)
     return _Ran(bars, reader.begun_s, printed_s, written_at - begun_at)
+
+
+def _times_written(output: Path) -> Iterator[float]:
+    """Yield when each of the files beside a trainer's output was last written."""
+    for path in output.parent.rglob("*"):
+        # What a process that ends later deletes may be gone by now.
+        with suppress(FileNotFoundError):
+            if path != output and path.is_file():
+                yield path.stat().st_mtime
 
 
 def _kill_tree(process_id: int) -> None:
@@ -181,6 +191,7 @@ class MemoryWatch:
         self._before = _gpu_bytes() if self.kind == "device" else 0
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def start(self, process_id: int) -> None:
         """Watch from now on."""
@@ -197,11 +208,23 @@ class MemoryWatch:
         if self._thread is not None:
             self._thread.join()
 
+    def check(self) -> None:
+        """Refuse a peak that is none.
+
+        Raises:
+            UserError: the memory could not be read at some time.
+        """
+        if self._error is not None:
+            raise UserError(f"the memory of the trainer cannot be read: {self._error!r}")
+
     def _watch(self, read: Callable[[], int]) -> None:
-        while True:
-            self.peak = max(self.peak, read())
-            if self._is_over.wait(POLL_S):
-                return
+        try:
+            while True:
+                self.peak = max(self.peak, read())
+                if self._is_over.wait(POLL_S):
+                    return
+        except Exception as error:
+            self._error = error
 
     def _device_bytes(self) -> int:
         return _gpu_bytes() - self._before

@@ -29,7 +29,7 @@ def job_of(family, tmp_path, *, prior=False, **settings):
         "resolution": 512,
         "batch_size": 2,
         "precision": "bfloat16",
-        "rank": 16,
+        "rank": 23,
         "steps": 70,
         "class_images": 12,
         "sampler_steps": 50,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bench.machine import describe_machine
 from bench.peers import run
 from bench.peers.__main__ import app, check_machine, make_settings
-from bench.peers.entrant import time_trainer
+from bench.peers.entrant import _from_here, time_trainer
 from bench.peers.run import Command, MemoryWatch, resident_bytes, run_trainer
 from bench.peers.trainers import TRAINERS
 from bench.race_ratios import make_report
@@ -198,7 +198,7 @@ def test_what_a_failed_run_has_left_is_not_taken_for_this_ones(diffusers, given,
         (["--model", "no-such-folder"], "no-such-folder"),
         (["--checkout", "elsewhere"], "--checkout elsewhere: is no folder"),
         (["--checkout", "."], "there is no .*train_dreambooth_lora.py"),
-        (["--python", "elsewhere"], "elsewhere: cannot be started"),
+        (["--python", "elsewhere"], "--python .*elsewhere: is no working interpreter"),
     ],
     ids=["no race", "out of range", "no model", "no checkout", "no script", "no interpreter"],
 )
@@ -236,6 +236,12 @@ def test_a_race_that_is_written_where_the_trainer_lies_names_no_folder_above(
     assert words[0] == "venv/bin/python"
     assert f"--output_dir={Path('out/round-0')}" in words
     assert not [word for word in words if str(tmp_path) in word]
+
+
+def test_of_a_command_only_what_begins_in_this_folder_is_shortened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"{tmp_path}/python", f"--output={tmp_path}/out", f"--data=/data{tmp_path}/photos"]
+    assert _from_here(words) == ["python", "--output=out", f"--data=/data{tmp_path}/photos"]
 
 
 def test_a_setting_that_the_trainer_left_out_is_refused(tmp_path, diffusers, monkeypatch):
@@ -411,6 +417,15 @@ def test_memory_that_is_shared_with_a_launcher_is_counted_and_among_children_onc
     found = resident_bytes(psutil.Process(process.pid), 1) / 2**20
     process.communicate()
     assert 60 <= found < 60 + 3 * 15
+
+
+def test_memory_that_cannot_be_read_is_no_peak(monkeypatch, tmp_path):
+    def refuse(process, num_launchers):
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(run, "resident_bytes", refuse)
+    with pytest.raises(UserError, match=r"memory of the trainer cannot be read: psutil\.Access"):
+        run_python("import time; time.sleep(0.5)", tmp_path)
 
 
 def test_memory_of_a_gpu_is_what_is_taken_beyond_what_was(monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def test_each_command_names_what_the_race_fixes(name, family, tmp_path):
     # What a file says counts as said.
     texts = [words, *(p.read_text() for p in tmp_path.rglob("*") if p.suffix in KINDS)]
     said = "\n".join(texts)
-    for wanted in (job.model, str(job.photos), job.prompts[0], str(job.output), "512", "16"):
+    for wanted in (job.model, str(job.photos), job.prompts[0], "512", "23"):
         assert wanted in said, wanted
     assert name == "simpletuner" or command.words[-1] == "--last"
     assert command.variables["TQDM_MININTERVAL"] == "0"
@@ -106,7 +106,7 @@ def test_diffusers_is_told_what_its_documentation_says(tmp_path):
     assert options["num_class_images"] == "12"
     assert options["class_prompt"] == "a photo of a robot"
     assert options["max_train_steps"] == "70" and options["checkpointing_steps"] == "71"
-    assert options["train_batch_size"] == "2" and options["rank"] == "16"
+    assert options["train_batch_size"] == "2" and options["rank"] == "23"
     assert options["mixed_precision"] == "bf16"
     assert command.words[1:3] == ["-m", "accelerate.commands.launch"]
 
@@ -115,6 +115,19 @@ def test_diffusers_is_told_what_its_documentation_says(tmp_path):
 def test_diffusers_repeats_photos_where_it_can_so_that_batches_are_whole(family, repeats, tmp_path):
     command = TRAINERS["diffusers"].command(job_of(family, tmp_path, batch_size=2))
     assert options_of(command).get("repeats") == repeats
+
+
+def test_rank_and_alpha_are_the_races(tmp_path):
+    job = job_of("sdxl", tmp_path)
+    assert options_of(TRAINERS["diffusers"].command(job))["rank"] == "23"
+    kohya = options_of(TRAINERS["kohya"].command(job))
+    assert (kohya["network_dim"], kohya["network_alpha"]) == ("23", "23")
+    onetrainer = read_onetrainer(job)
+    assert (onetrainer["lora_rank"], onetrainer["lora_alpha"]) == (23, 23)
+    simpletuner, _ = read_simpletuner(job.model_copy(update={"extra": ()}))
+    assert (simpletuner["lora_rank"], simpletuner["lora_alpha"]) == (23, 23)
+    network = read_ai_toolkit(job)[1]["network"]
+    assert (network["linear"], network["linear_alpha"]) == (23, 23)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])

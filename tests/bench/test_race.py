@@ -76,10 +76,11 @@ def test_a_label_is_in_the_name_of_the_file(monkeypatch, tmp_path):
         return Round(phases={"training": 1.0, **class_images}, steps=4)
 
     monkeypatch.setattr(race_rounds, "run_job", run_job)
-    for options in ((), ("--label", "two-rounds")):
+    for options in ((), ("--label", "rounds2")):
         CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path), *options])
     plain, labelled = sorted(path.name for path in tmp_path.iterdir())
-    assert labelled == plain.replace("cpu-race-mini-sd-", "cpu-race-mini-sd-two-rounds-")
+    assert labelled == plain.replace("cpu-race-mini-sd-", "cpu-race-mini-sd-rounds2-")
+    assert read_race(tmp_path / labelled).label == "rounds2"
 
 
 @pytest.mark.parametrize("label", ["", "../away", "Two", "2-rounds", "two--rounds", "two-"])

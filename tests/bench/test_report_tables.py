@@ -55,11 +55,19 @@ def test_an_entrant_has_its_medians_and_nothing_where_it_has_no_phase():
     assert "resident memory of the process" in text
 
 
-def test_a_race_with_compile_says_that_every_job_compiles_anew():
+def test_a_race_with_compile_or_on_a_gpu_says_that_every_job_compiles_anew():
     entrants = make_entrants()
     assert "compiles anew" not in seconds_table(make_race(entrants))
+    on_a_gpu = make_race(entrants, machine=MACHINE | {"device": "cuda"})
+    assert "Each of our jobs compiles anew" in seconds_table(on_a_gpu)
     entrants.append(make_entrant("ppt-lora, compile", step=0.04, engine="compile"))
-    assert "Every job compiles anew" in seconds_table(make_race(entrants))
+    assert "Each of our jobs compiles anew" in seconds_table(make_race(entrants))
+
+
+def test_when_another_trainers_command_ran_is_said():
+    its = make_entrant("its own command", step=0.2, kind="external", settings={"load": 0.63})
+    text = seconds_table(make_race([*make_entrants(), its], machine=MACHINE | {"load": 1.5}))
+    assert "Own commands ran after the others (load 0.63; 1.5 before these)" in text
 
 
 def mark(entrant, **changes):
@@ -126,13 +134,14 @@ def test_the_parts_of_a_ratio_multiply_to_it():
 
 
 def test_the_readme_has_the_latest_race_of_each_model_and_device(tmp_path):
-    def write(name, **changes):
+    def write(name, label="", **changes):
         race = make_race(machine=MACHINE | {"date": name[-10:]}, **changes)
+        race = race.model_copy(update={"label": label})
         write_race(tmp_path / f"{name}.json", race)
 
     write("cpu-race-mini-sdxl-2030-01-02")
     write("cpu-race-mini-sdxl-2030-01-03", steps=300)
-    write("cpu-race-mini-sdxl-two-engines-2030-01-01", steps=400)
+    write("cpu-race-mini-sdxl-two-engines-2030-01-01", "two-engines", steps=400)
     write("cuda-race-sdxl-2030-01-01", model="models/sdxl")
     write("red-cuda-race-sd15-2030-01-01", model="sd15")
     text = tables.write_race_tables(tmp_path)
