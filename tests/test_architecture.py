@@ -177,6 +177,7 @@ def test_no_folder_shadows_the_kernels_package(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_an_installed_fastppt_brings_no_package_named_kernels() -> None:
     code = "import importlib.util as util, fastppt_kernels; print(util.find_spec('kernels'))"
     run = subprocess.run(

@@ -78,7 +78,13 @@ def test_embedded_models_are_named(here: Report) -> None:
     assert all(name in text for name in MINI_MODELS)
 
 
-@pytest.mark.parametrize("name", list(MINI_MODELS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "mini-sdxl" else pytest.mark.slow)
+        for name in MINI_MODELS
+    ],
+)
 def test_mini_model_is_found_and_fits(name: str) -> None:
     result = run("--model", name, "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -28,6 +28,7 @@ def test_every_option_is_one_that_a_run_has(tmp_path, monkeypatch):
         assert stage.trainables.lora.rank == options.RANK
 
 
+@pytest.mark.slow
 def test_whole_runs_are_timed_and_written_with_their_machine(tmp_path, monkeypatch):
     chosen = (options.PLAIN, options.CHECKPOINTED)
     monkeypatch.setattr(options, "ROUNDS", 2)

@@ -241,6 +241,7 @@ def test_every_cost_gets_a_panel_of_the_picture(tmp_path, monkeypatch):
     assert drawn == ["seconds", "flops"]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_numbers_laws_and_a_picture(tmp_path, capsys):
     arguments = ["--model", "mini-sd3", "--recipe", "lora", "--axes", "batch", "--rank", "2"]
     arguments += ["--values", "1", "2", "--seconds", "0.01", "--output", str(tmp_path)]

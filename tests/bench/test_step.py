@@ -163,6 +163,7 @@ def test_an_engine_that_the_device_lacks_is_refused_with_the_reason(time_mini):
     assert "GPU" in refusals[0]["refused"]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_rows_and_targets(tmp_path, capsys):
     arguments = ["--model", "mini-sd", "--recipe", "lora", "--engine", "eager", "--rank", "2"]
     arguments += [

@@ -106,7 +106,9 @@ def test_a_refresh_changes_one_photo_at_the_promised_step_and_nothing_else(
     assert addresses == [bucket.latents.posteriors.data_ptr() for bucket in buckets]
 
 
-@pytest.mark.parametrize("every", [1, 2, 4])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_refresh_that_starts_at_any_step_goes_on_as_if_it_had_been_there(
     family: Family, three_photos: Path, every: int
 ) -> None:
@@ -194,6 +196,7 @@ AUGMENTING = ADAPTIVE | {
 }
 
 
+@pytest.mark.slow
 def test_a_refreshed_run_equals_itself_and_not_one_with_the_first_views(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

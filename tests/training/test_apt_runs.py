@@ -68,6 +68,7 @@ def run_and_resume(
     return left
 
 
+@pytest.mark.slow
 def test_apt_runs_alike_by_every_engine_and_from_a_checkpoint(
     make_config: MakeConfig, photos: Path, tmp_path: Path, graphs_on_the_cpu: None
 ) -> None:

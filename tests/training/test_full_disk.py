@@ -62,9 +62,9 @@ def uninterrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     [
         ("config.toml", loop, "open_folder", 1, []),
         pytest.param("step-000000.png", run, "write_grid", 1, [], marks=pytest.mark.slow),
-        ("step-000004.png", run, "write_grid", 2, [2]),
+        pytest.param("step-000004.png", run, "write_grid", 2, [2], marks=pytest.mark.slow),
         ("metrics.jsonl", metrics.MetricsFile, "write", 3, [2]),
-        ("tensorboard", metrics.Curves, "append", 2, [2]),
+        pytest.param("tensorboard", metrics.Curves, "append", 2, [2], marks=pytest.mark.slow),
         ("state.safetensors", run, "write_checkpoint", 2, [2]),
         (DIFFUSERS_FILE, loop, "write_results", 1, [2, 4, 6]),
         pytest.param("README.md", loop, "model_card", 1, [2, 4, 6], marks=pytest.mark.slow),

@@ -177,6 +177,7 @@ def test_a_run_that_stops_exits_with_2_and_one_message(
     assert "2 steps in a row, 1 to 2 " in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_a_float16_run_whose_scale_backs_off_is_neither_stopped_nor_alarmed(
     make_config: MakeConfig,
 ) -> None:

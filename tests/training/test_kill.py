@@ -28,7 +28,7 @@ from fastppt.training.checkpoint import read_checkpoint
 from tests.training.fork_server import PATIENCE, ForkServer
 
 STEPS = 12
-NUM_FAST, NUM_ALL = 10, 100
+NUM_FAST, NUM_ALL = 4, 100
 # Of all trials, those that give up what was killed and start over.
 OVERWRITES = 10
 # Kills of one trial, to draw from.

@@ -122,6 +122,7 @@ def test_a_larger_batch_and_picture_take_more_and_checkpointing_takes_less(
     assert kept(**{"stage.0.trainables.lora.targets": "up"}) < 0.8 * plain
 
 
+@pytest.mark.slow
 def test_phases_hold_what_they_need(make_config: MakeConfig) -> None:
     config = make_config(**APT, **{"samples.enabled": True})
     family = outline_family(config.model, torch.float32)

@@ -162,6 +162,7 @@ def two_stages(make_config: MakeConfig, tmp_path: Path, **settings: object) -> R
     return build_config(file=file, settings=list((given | settings).items()))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_stages_is_resumed_within_each_and_between_them(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
