@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +18,6 @@ from fastppt.config_io import build_config
 from fastppt.families.base import Family
 from fastppt.families.loading import load_family
 from fastppt.mini import draw_demo_photos
-from fastppt.mini.sdxl import load_mini_sdxl
 
 # In the repository, where it alone can be brought along, or beside it.
 REAL_PHOTOS = [root / "shared/data/dreambooth" for root in Path(__file__).parents[1:3]]
@@ -48,23 +44,6 @@ def _own_class_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastppt.training.class_images.default_cache", lambda: folder)
         yield
-
-
-read_mini_sdxl = cache(load_mini_sdxl)
-
-
-@pytest.fixture(autouse=True)
-def _mini_sdxl_read_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's mini-sdxl is a copy of one that was read once, which takes half the time.
-
-    Tests of the model itself read it anew.
-    """
-
-    def copy_mini_sdxl(*folder: Path) -> Any:
-        return load_mini_sdxl(*folder) if folder else deepcopy(read_mini_sdxl())
-
-    if "mini" not in request.path.relative_to(Path(__file__).parent).parts:
-        monkeypatch.setattr("fastppt.mini.sdxl.load_mini_sdxl", copy_mini_sdxl)
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,7 @@ def test_fastppt_and_its_kernels_agree_on_version_and_demands() -> None:
     assert kernels["requires-python"] == whole["requires-python"]
 
 
+@pytest.mark.slow
 def test_every_operation_runs_with_torch_and_triton_alone(
     wheel: Path, make_environment: MakeEnvironment
 ) -> None:

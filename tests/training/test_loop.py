@@ -142,6 +142,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(
     assert metrics(runs[0]) == metrics(runs[1])
 
 
+@pytest.mark.slow
 def test_the_written_configuration_reproduces_the_run(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_two_streams_of_one_run_differ(
     assert len(seeds) == len(set(seeds)) == 2
 
 
+@pytest.mark.slow
 def test_grids_show_the_tuned_network_as_configured(make_config: MakeConfig) -> None:
     settings = {
         "samples.enabled": True,
