@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from bench.peer import DiffusersStep, Subject, add_adapters
-from bench.race_plan import SAMPLING_BATCH, Job
+from bench.race_plan import SAMPLING_BATCH, T5_TOKENS, Job
 from bench.race_watch import Watch
 from fastppt.families.base import PromptEmbeddings
 
@@ -55,8 +55,6 @@ TARGETS = {
         *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
     ),
 }
-# Tokens of the T5: the default of the SD3 script, and what our trainer reads of it.
-T5_TOKENS = 77
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 

@@ -39,6 +39,9 @@ SAMPLING_BATCH = 4
 LEAST_SAMPLED = 2 * SAMPLING_BATCH
 LEAST_TRAINED = 3
 
+# Of a prompt, of SD3's T5: the default of diffusers' script, and what our trainer reads of it.
+T5_TOKENS = 77
+
 # What our configuration calls a precision.
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OBJECTIVES, TRAINABLES = "objectives", "trainables"

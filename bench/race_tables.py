@@ -202,9 +202,9 @@ def _explain(report: RaceReport) -> list[str]:
             "Each of our jobs compiles anew, on all cores (first step); outside of a race later "
             "jobs of the same shapes find that in the caches of Inductor and Triton."
         )
-    others = [entrant for entrant in report.entrants if entrant.kind == "external"]
-    if others:
-        loads = ", ".join(str(entrant.settings.get("load")) for entrant in others)
+    own = [entrant for entrant in report.entrants if entrant.kind == "external"]
+    if 0 < len(own) < len(report.entrants):
+        loads = ", ".join(str(entrant.settings.get("load")) for entrant in own)
         parts.append(
             f"Own commands ran after the others (load {loads}; {report.machine.get('load')} before "
             "these), and what they import late is in *other*."

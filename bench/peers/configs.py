@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.jobs import PeerJob
-from bench.race_plan import SHORT_NAMES
+from bench.race_plan import SHORT_NAMES, T5_TOKENS
 from bench.race_results import RaceSettings
 from fastppt.errors import UserError
 
 LEARNING_RATE = 1e-4
-# Of a prompt, as diffusers' script for SD3 takes: other trainers take more where nobody says so.
-T5_TOKENS = 77
 # How a run is called, and so the bar of ai-toolkit.
 NAME = "race"
 

@@ -223,6 +223,7 @@ class MemoryWatch:
                 self.peak = max(self.peak, read())
                 if self._is_over.wait(POLL_S):
                     return
+        # Of a thread it would be lost: `check` raises it.
         except Exception as error:
             self._error = error
 

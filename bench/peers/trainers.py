@@ -14,9 +14,9 @@ from pathlib import Path
 import tomli_w
 
 from bench.peers.configs import (
+    LEARNING_RATE,
     MIXED_PRECISION,
     NAME,
-    T5_TOKENS,
     check_onetrainer,
     repeats_of_one_epoch,
     write_accelerate,
@@ -26,6 +26,7 @@ from bench.peers.configs import (
 )
 from bench.peers.jobs import PeerJob
 from bench.peers.run import Command
+from bench.race_plan import T5_TOKENS
 from bench.race_results import RaceSettings
 from fastppt.errors import UserError
 from fastppt.families.names import MINI_MODELS
@@ -34,7 +35,6 @@ from fastppt.families.names import MINI_MODELS
 # class images so, and have no flag for either.
 PIPELINE_SAMPLING = {"sd": (50, 7.5), "sdxl": (50, 5.0), "sd3": (28, 7.0)}
 ALL_PRECISIONS = tuple(MIXED_PRECISION)
-LEARNING_RATE = "1e-4"
 
 DIFFUSERS_SCRIPTS = {
     "sd": "train_dreambooth_lora.py",

@@ -7,7 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from bench.peers.trainers import TRAINERS
-from bench.race_peer import T5_TOKENS
+from bench.race_plan import T5_TOKENS
 from fastppt.errors import UserError
 from tests.bench.peer_jobs import ONETRAINER_CONFIG, job_of
 

@@ -68,6 +68,7 @@ def test_when_another_trainers_command_ran_is_said():
     its = make_entrant("its own command", step=0.2, kind="external", settings={"load": 0.63})
     text = seconds_table(make_race([*make_entrants(), its], machine=MACHINE | {"load": 1.5}))
     assert "Own commands ran after the others (load 0.63; 1.5 before these)" in text
+    assert "ran after the others" not in seconds_table(make_race([its]))
 
 
 def mark(entrant, **changes):
